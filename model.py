@@ -1,0 +1,802 @@
+"""How integers become a distribution over the next one: a decoder-only Transformer from raw parameters.
+
+A language model reads token ids x_1 .. x_T and returns, at every place t, one score (logit) for each entry of the
+vocabulary; softmax turns them into p(x_{t+1} | x_1 .. x_t). This file builds it in the order in which a token travels:
+
+    embedding  ->  num_layers times [ x += attention(norm(x));  x += ffn(norm(x)) ]  ->  norm  ->  lm_head  ->  logits
+
+Attention lets a place look at the places before it, the feed-forward network (ffn) works on each place alone, and
+their sum x, the residual stream, is the only road between them.
+
+    python model.py                                   # every preset: parameters, FLOPs per token, training memory
+    python model.py --preset gpt2-xl                  # one preset, part by part
+    python model.py --preset 7b --batch_size 1        # the same for another batch
+
+Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/value heads, D head dimension,
+C d_model, F d_ff, V vocabulary.
+
+Contents
+    1. Configuration and presets
+    2. The functions: softmax, silu, attention by its definition
+    3. The layers: linear, embedding, norm, feed-forward, rotary positions
+    4. The mask rule, and attention faster
+    5. The cache for decoding
+    6. Self-attention, block, language model
+    7. What it costs: parameters, FLOPs, memory
+    8. Command line
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it attends to nothing and nothing to it
+
+# --- 1. Configuration and presets ---
+
+
+@dataclass
+class ModelConfig:
+    """Everything that decides the shape of the model. The defaults are the `baseline` preset.
+
+    >>> ModelConfig(d_model=100, num_heads=3)
+    Traceback (most recent call last):
+    ValueError: d_model 100 is not divisible by num_heads 3: choose a multiple, so that every head has the same size
+    """
+
+    vocab_size: int = 10_000
+    context_length: int = 256
+    d_model: int = 512
+    num_layers: int = 4
+    num_heads: int = 16
+    num_kv_heads: int | None = None  # heads that keys and values have; None: as many as num_heads
+    d_ff: int | None = None  # None: nearest multiple of 64 to 8/3 d_model for swiglu, 4 d_model for the others
+    rope_theta: float = 10_000.0
+    norm: str = "pre"  # where RMSNorm stands: pre (before each branch), post (after each sum), none
+    pos: str = "rope"  # how order enters: rope (rotary), none (only through the causal mask)
+    ffn: str = "swiglu"  # swiglu (three matrices, gated); silu, relu, relu2 (two matrices)
+    dropout: float = 0.0  # on the output of every attention and feed-forward branch, in training only
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys, which bounds the attention scores
+    tie_embeddings: bool = False  # one matrix for token_embeddings and lm_head
+    attention: str = "auto"  # auto (flash on CUDA with Triton, else sdpa), naive, sdpa, flash
+
+    CHOICES = {  # not a field (it has no annotation): what each switch accepts, also shown by --help of train.py
+        "norm": ("pre", "post", "none"),
+        "pos": ("rope", "none"),
+        "ffn": ("swiglu", "silu", "relu", "relu2"),
+        "attention": ("auto", "naive", "sdpa", "flash"),
+    }
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads"):
+            require_positive(name, getattr(self, name))
+        if self.d_ff is None:
+            # A gate is a third matrix: 8/3 d_model instead of 4 keeps the parameters equal; hardware likes 64s.
+            self.d_ff = 64 * max(1, (self.d_model + 12) // 24) if self.ffn == "swiglu" else 4 * self.d_model
+        require_positive("d_ff", self.d_ff)
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}: "
+                "choose a multiple, so that every head has the same size"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: "
+                "choose a divisor, so that every key/value head serves equally many query heads"
+            )
+        if self.pos == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"the head dimension d_model / num_heads = {self.d_model} / {self.num_heads} = {self.head_dim} is odd: "
+                "rotary positions turn pairs of numbers, choose an even head dimension or pos 'none'"
+            )
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+
+def require_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def shape(vocab_size: int, context_length: int, num_layers: int, num_heads: int, d_model: int, **more) -> dict:
+    """One row of the table below, as keyword arguments of ModelConfig."""
+    sizes = dict(vocab_size=vocab_size, context_length=context_length, num_layers=num_layers, num_heads=num_heads)
+    return sizes | dict(d_model=d_model) | more
+
+
+# The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
+# rotary and the feed-forward network is gated. 124m and 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
+PRESETS: dict[str, dict] = {
+    #                  vocab  context layers heads d_model
+    "laptop": shape(2_048, 256, 4, 4, 128),
+    "baseline": shape(10_000, 256, 4, 16, 512, d_ff=1_344),
+    "gpt2-small": shape(50_257, 1_024, 12, 12, 768),
+    "gpt2-medium": shape(50_257, 1_024, 24, 16, 1_024),
+    "gpt2-large": shape(50_257, 1_024, 36, 20, 1_280),
+    "gpt2-xl": shape(50_257, 1_024, 48, 25, 1_600),
+    "10m": shape(2_048, 512, 3, 4, 512, tie_embeddings=True),
+    "41m": shape(50_257, 1_024, 5, 8, 512, tie_embeddings=True),
+    "124m": shape(50_257, 1_024, 12, 12, 768, tie_embeddings=True),
+    "350m": shape(50_257, 1_024, 24, 16, 1_024, tie_embeddings=True),
+    "1b": shape(32_000, 2_048, 22, 32, 2_048, num_kv_heads=4),
+    "7b": shape(32_000, 4_096, 32, 32, 4_096, d_ff=11_008),
+}
+
+# --- 2. The functions: softmax, silu, attention by its definition ---
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """exp(x) / sum(exp(x)) along `dim`.
+
+    >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
+    tensor([0.0000, 0.5000, 0.5000])
+    """
+    # exp(1000) overflows. Subtracting the maximum multiplies numerator and denominator by the same factor, so it
+    # changes neither the result nor, being constant in effect, the gradient: hence the detach.
+    exponentials = torch.exp(x - x.amax(dim=dim, keepdim=True).detach())
+    return exponentials / exponentials.sum(dim=dim, keepdim=True)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x): a smooth relu, also called swish.
+
+    >>> silu(torch.tensor([-20.0, 0.0, 20.0])).round(decimals=4)
+    tensor([-0.,  0., 20.])
+    """
+    return x * torch.sigmoid(x)
+
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1): every query takes a weighted mean of v.
+
+    q (..., T, D), k (..., S, D), v (..., S, Dv), mask broadcastable to (..., T, S), True where a query may look.
+    Returns (..., T, Dv). A query that may look nowhere gets zeros.
+
+    >>> q = k = torch.zeros(3, 2)                               # all scores are equal, so every weight is 1/3
+    >>> v = torch.tensor([[3.0], [6.0], [9.0]])
+    >>> scaled_dot_product_attention(q, k, v).flatten()
+    tensor([6., 6., 6.])
+    >>> causal = torch.ones(3, 3, dtype=torch.bool).tril()      # query t sees keys 0 .. t
+    >>> scaled_dot_product_attention(q, k, v, causal).flatten()
+    tensor([3.0000, 4.5000, 6.0000])
+    """
+    # Scores of unit-variance vectors have variance D; dividing by sqrt(D) keeps softmax away from saturation.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
+    if mask is None:
+        return softmax(scores, dim=-1) @ v  # (..., T, Dv)
+    # subtle: -inf would turn a row without any key into 0/0. The lowest finite number gives the same exact zeros in
+    # every other row (exp underflows), and the second fill clears the rows that had no key, gradient included.
+    weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
+    return weights.masked_fill(~mask, 0.0) @ v  # (..., T, Dv)
+
+
+# --- 3. The layers: linear, embedding, norm, feed-forward, rotary positions ---
+
+
+def truncated_normal(*size: int, std: float) -> nn.Parameter:
+    """A parameter drawn from a normal distribution cut at three standard deviations: no weight starts as an outlier."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=std, a=-3 * std, b=3 * std))
+
+
+class Linear(nn.Module):
+    """y = x W^T with W (out_features, in_features), no bias.
+
+    The variance 2 / (in + out) is Glorot's: between 1/in, which preserves the scale of activations on the way
+    forward, and 1/out, which preserves that of gradients on the way back.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, std: float | None = None) -> None:
+        super().__init__()
+        std = math.sqrt(2 / (in_features + out_features)) if std is None else std
+        self.weight = truncated_normal(out_features, in_features, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T  # (..., in_features) @ (in_features, out_features) -> (..., out_features)
+
+
+class Embedding(nn.Module):
+    """One row of `embedding_dim` numbers for each of `num_embeddings` ids, looked up by index."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.weight = truncated_normal(num_embeddings, embedding_dim, std=1.0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # subtle: weight[ids] would read id -1 as the last row; index_select refuses it.
+        return self.weight.index_select(0, ids.flatten()).view(*ids.shape, -1)  # (..., embedding_dim)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019): LayerNorm, no centring."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Squares overflow float16 and lose digits in bfloat16, so at least float32 inside; down only after the gain.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # (..., C)
+        inverse_rms = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)  # (..., 1)
+        return (wide * inverse_rms * self.weight).to(x.dtype)  # (..., C)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020, "GLU Variants"): w3 proposes d_ff features, w1 decides how much of each."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)  # gate
+        self.w2 = Linear(d_ff, d_model)  # down
+        self.w3 = Linear(d_model, d_ff)  # up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(silu(self.w1(x)) * self.w3(x))  # (..., C) -> (..., F) -> (..., C)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 ("Primer", So et al. 2021)."""
+    return torch.relu(x).square()
+
+
+ACTIVATIONS = {"silu": silu, "relu": torch.relu, "relu2": relu2}
+
+
+class FeedForward(nn.Module):
+    """w2(activation(w1 x)): the ungated network of the first Transformers."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+        super().__init__()
+        self.w1 = Linear(d_model, d_ff)  # up
+        self.w2 = Linear(d_ff, d_model)  # down
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)))  # (..., C) -> (..., F) -> (..., C)
+
+
+class RotaryPositionalEmbedding(nn.Module):
+    """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
+
+    Turning both vectors leaves a dot product that depends only on the difference of their positions, which is how
+    attention learns "three tokens ago". Pairs are neighbours (0,1), (2,3), ...; Hugging Face's Llama pairs i with
+    i + d_k/2 instead, which is the same model with the rows of q_proj and k_proj permuted.
+
+    >>> rope = RotaryPositionalEmbedding(theta=10_000.0, d_k=2, max_seq_len=8)
+    >>> rope(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))     # turned by 1 radian: (cos 1, sin 1)
+    tensor([[0.5403, 0.8415]])
+    """
+
+    def __init__(self, theta: float, d_k: int, max_seq_len: int) -> None:
+        super().__init__()
+        assert d_k % 2 == 0, f"d_k must be even to be turned in pairs, got {d_k}"
+        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)  # (D/2,)
+        angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies  # (max_seq_len, D/2)
+        table = torch.stack((angles.cos(), angles.sin()), dim=-1)  # (max_seq_len, D/2, 2)
+        # The table follows from the configuration, so it is not persistent: checkpoints do not carry it.
+        self.register_buffer("cos_sin", table.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
+        """x (..., T, D), token_positions (..., T) broadcastable to x's leading dimensions. Returns (..., T, D)."""
+        # A turn by an angle is a multiplication by cos + i sin: one pass over x, where four products, two sums and a
+        # stack would be seven. Complex numbers exist from float32 up, so bfloat16 goes through float32.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        turns = torch.view_as_complex(self.cos_sin[token_positions].to(wide))  # (..., T, D/2)
+        pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
+        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
+
+
+# --- 4. The mask rule, and attention faster ---
+
+
+def attention_mask(
+    positions: Tensor,
+    segment_ids: Tensor | None = None,
+    kv_positions: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
+) -> Tensor:
+    """Which query may look at which key: not at a later position, not into another document, never at padding.
+
+    positions and segment_ids (T,) or (B, T) are those of the queries; the keys' are the same unless given as (S,) or
+    (B, S). Returns (1 or B, 1, T, S), the 1 standing for the heads; True where the query may look.
+
+    >>> attention_mask(torch.arange(4), torch.tensor([7, 7, 8, PADDING_SEGMENT_ID])).int()[0, 0]
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [0, 0, 1, 0],
+            [0, 0, 0, 0]], dtype=torch.int32)
+    """
+    kv_positions = positions if kv_positions is None else kv_positions
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+    mask = torch.atleast_2d(positions)[:, :, None] >= torch.atleast_2d(kv_positions)[:, None, :]  # (1 or B, T, S)
+    if segment_ids is not None:
+        queries = torch.atleast_2d(segment_ids)[:, :, None]  # (1 or B, T, 1)
+        mask = mask & (queries == torch.atleast_2d(kv_segment_ids)[:, None, :]) & (queries != PADDING_SEGMENT_ID)
+    return mask[:, None]  # (1 or B, 1, T, S)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q (B, H, T, D), k (B, G, S, D), v (B, G, S, D)) -> (B, H, T, D)
+
+
+def repeat_kv_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, G, S, D) -> (B, H, S, D): key/value head g serves the query heads g * H/G .. (g + 1) * H/G - 1."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def make_attention(
+    kind: str,
+    positions: Tensor,
+    segment_ids: Tensor | None = None,
+    kv_positions: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+) -> Attend:
+    """The attention that all layers of one forward pass share.
+
+    naive   the definition of section 2 under the mask of this section: writes the (B, H, T, S) scores to memory
+    sdpa    torch's fused kernels: the same numbers without storing the scores for the backward pass
+    flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less
+
+    `is_causal` promises that the mask is the plain causal triangle: then sdpa needs no mask at all.
+    """
+    if kind == "auto":
+        has_triton = importlib.util.find_spec("triton") is not None
+        kind = "flash" if positions.is_cuda and has_triton else "sdpa"
+    if kind == "flash":
+        from flash import flash_attention
+
+        if is_causal:
+            return flash_attention
+        rule = dict(positions=positions, kv_positions=kv_positions)
+        rule |= dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+        return lambda q, k, v: flash_attention(q, k, v, **rule)
+    if kind == "sdpa" and is_causal:
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = attention_mask(positions, segment_ids, kv_positions, kv_segment_ids)  # (1 or B, 1, T, S)
+    if kind == "sdpa":
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            q, repeat_kv_heads(k, q.shape[1]), repeat_kv_heads(v, q.shape[1]), mask
+        )  # (B, H, T, D)
+
+    return naive
+
+
+# --- 5. The cache for decoding ---
+
+
+class KVCache:
+    """Keys and values of the tokens already read, so that the next token costs one token's work instead of all.
+
+    Under the causal mask nothing that a token computed changes when later tokens arrive, and of it the later ones
+    need only its keys and values. They are kept per layer, before the heads are repeated: H/G times smaller.
+
+    A call of the model with `cache` appends its T tokens to `length` slots already used, the same in every row.
+    Prompts of different lengths are aligned at their right ends: the places before a shorter one carry the segment id
+    PADDING_SEGMENT_ID, they take up slots, and the mask rule keeps everybody from looking at them. So that every row
+    sees the positions it would see alone, positions count only the row's real tokens. Without gradients.
+
+    >>> config = ModelConfig(vocab_size=10, context_length=8, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> KVCache(config, batch_size=1).bytes_per_token()        # 2 (k, v) * 2 layers * 2 heads * 4 numbers * 4 bytes
+    128
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        size = (config.num_layers, batch_size, config.num_kv_heads, config.context_length, config.head_dim)
+        self.keys = torch.empty(size, device=device, dtype=dtype)  # (num_layers, B, G, context_length, D)
+        self.values = torch.empty_like(self.keys)  # (num_layers, B, G, context_length, D)
+        self.positions = torch.zeros(batch_size, config.context_length, dtype=torch.long, device=device)
+        self.segment_ids = torch.zeros_like(self.positions)  # (B, context_length)
+        self.next_positions = self.positions.new_zeros(batch_size, 1)  # how many real tokens each row has read
+        self.length = 0
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token of one row occupies, over all layers."""
+        num_layers, _, num_kv_heads, _, head_dim = self.keys.shape
+        return 2 * num_layers * num_kv_heads * head_dim * self.keys.element_size()
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.length = 0
+        self.next_positions.zero_()
+
+    def reserve(self, num_rows: int, num_tokens: int, positions: Tensor | None, segment_ids: Tensor | None) -> None:
+        """Note position and segment of `num_tokens` more tokens; what is not given continues the row, as segment 0."""
+        batch_size, capacity = self.positions.shape
+        if num_rows != batch_size:
+            raise ValueError(f"the cache was made for {batch_size} rows and got {num_rows}: make one for each batch")
+        if self.length + num_tokens > capacity:
+            raise ValueError(
+                f"the cache holds {self.length} tokens and cannot take {num_tokens} more, the context length is "
+                f"{capacity}: reset it and read again the last part of the text"
+            )
+        new = slice(self.length, self.length + num_tokens)
+        self.length += num_tokens
+        self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
+        if positions is None:
+            counts = (self.segment_ids[:, new] != PADDING_SEGMENT_ID).cumsum(dim=1)  # (B, T)
+            positions = (self.next_positions + counts - 1).clamp(min=0)  # padding before the first token: any position
+            self.next_positions = self.next_positions + counts[:, -1:]  # (B, 1)
+        else:
+            self.next_positions = torch.atleast_2d(positions)[:, -1:].expand(batch_size, 1) + 1
+        self.positions[:, new] = positions  # (B, T)
+
+    def wrap(self, layer: int, attend: Attend) -> Attend:
+        """`attend` for this layer, over all tokens so far: writes k and v into the slots reserved last before it."""
+
+        def cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            new, used = slice(self.length - k.shape[2], self.length), slice(0, self.length)
+            self.keys[layer, :, :, new] = k.detach()
+            self.values[layer, :, :, new] = v.detach()
+            return attend(q, self.keys[layer, :, :, used], self.values[layer, :, :, used])  # (B, H, T, D)
+
+        return cached
+
+
+# --- 6. Self-attention, block, language model ---
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
+
+    With fewer key/value heads than query heads (grouped queries, Ainslie et al. 2023) groups of H/G query heads share
+    one: the cache for decoding shrinks by H/G and the quality hardly.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        rope: RotaryPositionalEmbedding | None = None,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.head_dim = d_model // num_heads
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
+        self.v_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
+        self.output_proj = Linear(d_model, d_model)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.rope = rope
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """x (B, T, C), positions (T,) or (B, T), by default 0 .. T-1; `attend` by default the causal definition."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)  # (T,)
+        if attend is None:
+            attend = make_attention("naive", positions)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        if self.rope is not None:
+            by_head = positions.unsqueeze(-2)  # (1, T) or (B, 1, T): the same positions for every head
+            q, k = self.rope(q, by_head), self.rope(k, by_head)
+        mixed = attend(q, k, v)  # (B, H, T, D)
+        return self.output_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class TransformerBlock(nn.Module):
+    """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
+
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
+        super().__init__()
+        self.attn = MultiHeadSelfAttention(
+            config.d_model,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            rope=rope,
+            qk_norm=config.qk_norm,
+        )
+        if config.ffn == "swiglu":
+            self.ffn = SwiGLU(config.d_model, config.d_ff)
+        else:
+            self.ffn = FeedForward(config.d_model, config.d_ff, config.ffn)
+        self.ln1 = RMSNorm(config.d_model) if config.norm != "none" else nn.Identity()
+        self.ln2 = RMSNorm(config.d_model) if config.norm != "none" else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_norm = config.norm == "post"
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        if self.post_norm:  # the order of 2017: every sum is normalized, so the gradient passes through every norm
+            x = self.ln1(x + self.dropout(self.attn(x, positions, attend)))  # (B, T, C)
+            return self.ln2(x + self.dropout(self.ffn(x)))  # (B, T, C)
+        # Norms inside the branches leave the stream a plain sum, through which gradients reach every layer unchanged.
+        x = x + self.dropout(self.attn(self.ln1(x), positions, attend))  # (B, T, C)
+        return x + self.dropout(self.ffn(self.ln2(x)))  # (B, T, C)
+
+
+class TransformerLM(nn.Module):
+    """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1.
+
+    `attention` replaces the local attention, for example by one that spreads a sequence over several processes. It is
+    called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads.
+
+    >>> config = ModelConfig(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4)
+    >>> model = TransformerLM(config)
+    >>> model(torch.zeros(3, 7, dtype=torch.long)).shape
+    torch.Size([3, 7, 50])
+    >>> sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
+    True
+    """
+
+    def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        rope = None
+        if config.pos == "rope":  # one table serves all layers
+            rope = RotaryPositionalEmbedding(config.rope_theta, config.head_dim, config.context_length)
+        self.token_embeddings = Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        # A post-norm block ends in a norm already.
+        self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
+        # lm_head reads numbers of about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, so
+        # the first loss is ln V + 1/32: the model starts by knowing nothing, whatever the sizes. (Glorot's variance
+        # does so only while V is much greater than C.)
+        std = 1 / (4 * math.sqrt(config.d_model))
+        if config.tie_embeddings:
+            # subtle: with embeddings of the usual std 1, every token would predict itself with a logit near C, and the
+            # first loss would be in the hundreds. That logit is at most C * std; below ln(V) / 2 it is harmless. The
+            # stream then starts small, but the first norms scale it up, and the branches soon outweigh it.
+            std = min(std, math.log(config.vocab_size) / (2 * config.d_model))
+        self.lm_head = Linear(config.d_model, config.vocab_size, std=std)
+        if config.tie_embeddings:
+            self.token_embeddings.weight = self.lm_head.weight
+        # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
+        # size at any depth, which nothing else ensures when there are no norms (GPT-2 report, section 2.3).
+        with torch.no_grad():
+            for block in self.layers:
+                block.attn.output_proj.weight /= math.sqrt(2 * config.num_layers)
+                block.ffn.w2.weight /= math.sqrt(2 * config.num_layers)
+
+    def forward_hidden(
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
+
+        positions (T,) or (B, T): place of each token in its text, by default 0 .. T-1, or what follows in the cache.
+        segment_ids (T,) or (B, T): tokens see only their own segment (document); PADDING_SEGMENT_ID sees nothing.
+        """
+        num_rows, num_tokens = token_ids.shape
+        if num_tokens > self.config.context_length:
+            raise ValueError(f"{num_tokens} tokens do not fit into the context length {self.config.context_length}")
+        is_causal = positions is None and segment_ids is None and cache is None
+        kv_positions = kv_segment_ids = None
+        if cache is not None:
+            if self.attention is not None:
+                raise ValueError("a model whose attention is replaced cannot use a cache: build it without one")
+            cache.reserve(num_rows, num_tokens, positions, segment_ids)
+            kv_positions, kv_segment_ids = cache.positions[:, : cache.length], cache.segment_ids[:, : cache.length]
+            positions, segment_ids = kv_positions[:, -num_tokens:], kv_segment_ids[:, -num_tokens:]  # (B, T)
+        elif positions is None:
+            positions = torch.arange(num_tokens, device=token_ids.device)  # (T,)
+        if self.attention is not None:
+            attend = partial(self.attention, positions=positions, segment_ids=segment_ids)
+        else:
+            kind = self.config.attention
+            attend = make_attention(kind, positions, segment_ids, kv_positions, kv_segment_ids, is_causal=is_causal)
+        x = self.token_embeddings(token_ids)  # (B, T, C)
+        for layer, block in enumerate(self.layers):
+            x = block(x, positions, cache.wrap(layer, attend) if cache is not None else attend)  # (B, T, C)
+        return self.ln_final(x)  # (B, T, C)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); the arguments are those of forward_hidden."""
+        hidden = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
+        return self.lm_head(hidden)  # (B, T, V)
+
+
+# --- 7. What it costs: parameters, FLOPs, memory ---
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by part; the sum of the values is the model's.
+
+    >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
+    22696448
+    """
+    c, kv_width = config.d_model, config.num_kv_heads * config.head_dim
+    norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
+    return {
+        "embeddings": config.vocab_size * c,
+        "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
+        "ffn": config.num_layers * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff,
+        "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
+        "head": 0 if config.tie_embeddings else config.vocab_size * c,
+    }
+
+
+def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
+    """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
+
+    A product of (m, n) and (n, p) takes 2 m n p FLOPs: a multiplication and an addition for each of m n p. The
+    backward pass makes two such products (for the gradient of either factor), hence 3. Norms, softmax, rotations and
+    activations are left out; the causal half of the scores is counted as computed, as torch's FlopCounterMode does.
+
+    >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
+    {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
+    """
+    context_length = context_length or config.context_length
+    parameters = count_parameters(config)
+    return {
+        "projections": 2 * parameters["attention"],  # each weight is used once per token
+        "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v
+        "ffn": 2 * parameters["ffn"],
+        "head": 2 * config.vocab_size * config.d_model,
+    }
+
+
+def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None) -> dict[str, int]:
+    """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
+
+    Activations are what autograd keeps from the forward for the backward pass, tensor by tensor below. They do not
+    include dropout's masks, temporary buffers, and what autocast keeps in half precision instead.
+    """
+    context_length = context_length or config.context_length
+    c, f, kv_width = config.d_model, config.d_ff, config.num_kv_heads * config.head_dim
+    tokens, parameters = batch_size * context_length, sum(count_parameters(config).values())
+    # Numbers kept per token by one norm: its input, the input over its rms, and its result (which the next product
+    # keeps as its factor) of width c each, and 1 / rms.
+    norm = 3 * c + 1
+    # q, k and v as attention sees them, its result (the factor of output_proj), and
+    attention = 2 * c + 2 * kv_width
+    if config.attention == "naive":  # the exponentials and the weights of H heads,
+        attention += 2 * config.num_heads * context_length + config.num_heads
+        attention += 2 * (c - kv_width)  # with k and v repeated to all heads
+    else:  # or the logarithm of the softmax's denominator alone
+        attention += config.num_heads
+    if config.qk_norm:  # q and k before and after the division by their rms
+        attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
+    # swiglu: w1 x, its sigmoid, silu, w3 x, the product. silu: without the last two. relu keeps only its result.
+    ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
+    stream = {
+        "pre": (2 * config.num_layers + 1) * norm,
+        "post": 2 * config.num_layers * norm + c,  # and the embeddings, read by the first block without a norm
+        "none": (2 * config.num_layers + 1) * c,
+    }[config.norm]
+    return {
+        "parameters": 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW moments": 8 * parameters,
+        "activations": 4 * tokens * (config.num_layers * (attention + ffn) + stream),
+        "logits": 2 * 4 * tokens * config.vocab_size,  # and their gradient
+    }
+
+
+# --- 8. Command line ---
+
+
+def compact(number: float) -> str:
+    """Three digits and a letter.
+
+    >>> compact(22_696_448), compact(950), compact(999_999)
+    ('22.7M', '950', '1M')
+    """
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= 0.9995 * factor:
+            return f"{number / factor:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as their longest cell: the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def show_presets(batch_size: int, context_length: int | None) -> None:
+    """Two tables with one line per preset."""
+    costs = [["preset", "layers", "heads", "kv", "d_model", "d_ff", "vocab", "context", "parameters"]]
+    costs[0] += ["projections", "attention", "ffn", "head", "FLOPs"]
+    memory = [["preset", "parameters", "gradients", "AdamW moments", "activations", "logits", "bytes"]]
+    for name, sizes in PRESETS.items():
+        config = ModelConfig(**sizes)
+        length = context_length or config.context_length
+        flops, held = flops_per_token(config, length), training_memory(config, batch_size, length)
+        row = [config.num_layers, config.num_heads, config.num_kv_heads, config.d_model, config.d_ff, config.vocab_size]
+        parameters = sum(count_parameters(config).values())
+        costs.append([name, *map(str, row), str(length), compact(parameters)])
+        costs[-1] += [f"{part / sum(flops.values()):.1%}" for part in flops.values()] + [compact(sum(flops.values()))]
+        memory.append([name, *map(compact, held.values()), compact(sum(held.values()))])
+    print("Shape, parameters, and forward FLOPs per token by part (training: 3 times as many)\n")
+    print(table(costs))
+    print(f"\nBytes of a float32 training step by part, batch_size {batch_size}\n")
+    print(table(memory))
+
+
+def show_preset(name: str, batch_size: int, context_length: int | None) -> None:
+    """One preset: each of the three accounts part by part, with its share."""
+    config = ModelConfig(**PRESETS[name])
+    length = context_length or config.context_length
+    print(f"{name}: " + ", ".join(f"{field} {value}" for field, value in PRESETS[name].items()) + "\n")
+    rows = []
+    for title, parts in (
+        ("parameters", count_parameters(config)),
+        (f"forward FLOPs per token at context {length}", flops_per_token(config, length)),
+        (f"bytes of a float32 training step, batch_size {batch_size}", training_memory(config, batch_size, length)),
+    ):
+        total = sum(parts.values())
+        rows += [[title, f"{total:,}", compact(total), ""]]
+        rows += [[f"    {part}", f"{n:,}", compact(n), f"{n / total:.1%}"] for part, n in parts.items()]
+    print(table(rows))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Parameters, FLOPs and training memory of the presets.")
+    parser.add_argument("--preset", help=f"show one in detail: {', '.join(PRESETS)}")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
+    parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")
+    args = parser.parse_args(argv)
+    try:
+        require_positive("batch_size", args.batch_size)
+        if args.context_length is not None:
+            require_positive("context_length", args.context_length)
+        if args.preset is None:
+            show_presets(args.batch_size, args.context_length)
+        elif args.preset in PRESETS:
+            show_preset(args.preset, args.batch_size, args.context_length)
+        else:
+            raise ValueError(f"there is no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
+    except ValueError as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,559 @@
+"""model.py against torch's functions, transformers' Llama, autograd's own saved tensors and torch's FLOP counter."""
+
+import doctest
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_file
+from model import (
+    PADDING_SEGMENT_ID,
+    PRESETS,
+    Embedding,
+    FeedForward,
+    KVCache,
+    Linear,
+    ModelConfig,
+    MultiHeadSelfAttention,
+    RMSNorm,
+    RotaryPositionalEmbedding,
+    SwiGLU,
+    TransformerLM,
+    attention_mask,
+    count_parameters,
+    flops_per_token,
+    main,
+    make_attention,
+    scaled_dot_product_attention,
+    silu,
+    softmax,
+    training_memory,
+)
+
+# Irregular on purpose: no size is a power of two, and no two sizes are equal.
+SMALL = dict(vocab_size=211, context_length=41, d_model=60, num_layers=3, num_heads=6, num_kv_heads=2, d_ff=76)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def small_model(**switches) -> TransformerLM:
+    return TransformerLM(ModelConfig(**(SMALL | switches))).eval()
+
+
+def random_tokens(*size: int, vocab_size: int = 211) -> torch.Tensor:
+    return torch.randint(vocab_size, size)
+
+
+def test_doctests():
+    """Every worked example in model.py gives what it says."""
+    result = doctest.testmod(model_file)
+    assert result.attempted > 10 and result.failed == 0
+
+
+# --- the parts against torch ---
+
+
+def test_softmax_equals_torch_and_survives_large_numbers():
+    """softmax is torch.softmax along any dimension, also where exp overflows, gradient included."""
+    x = torch.randn(3, 7, 5, dtype=torch.float64) * 500
+    for dim in (0, 1, -1):
+        torch.testing.assert_close(softmax(x, dim), torch.softmax(x, dim))
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((f(x, -1) * weight).sum(), x)[0] for f in (softmax, torch.softmax))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_layers_equal_torch():
+    """Linear, Embedding, RMSNorm, silu and the feed-forward networks equal their torch spellings."""
+    x = torch.randn(2, 5, 12)
+    linear, norm, embedding = Linear(12, 7), RMSNorm(12), Embedding(13, 12)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(linear(x), F.linear(x, linear.weight))
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (12,), norm.weight, eps=1e-5))
+    torch.testing.assert_close(silu(x), F.silu(x))
+    ids = torch.tensor([[0, 12, 3], [3, 3, 1]])
+    assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
+    with pytest.raises((IndexError, RuntimeError)):
+        embedding(torch.tensor([-1]))
+    swiglu = SwiGLU(12, 20)
+    w1, w2, w3 = swiglu.w1.weight, swiglu.w2.weight, swiglu.w3.weight
+    torch.testing.assert_close(swiglu(x), F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2))
+    for name, activation in {"silu": F.silu, "relu": F.relu, "relu2": lambda y: F.relu(y) ** 2}.items():
+        ffn = FeedForward(12, 20, name)
+        torch.testing.assert_close(ffn(x), F.linear(activation(F.linear(x, ffn.w1.weight)), ffn.w2.weight))
+
+
+def test_rmsnorm_computes_in_float32():
+    """RMSNorm of half-precision input squares in float32 and rounds once, after the gain."""
+    norm = RMSNorm(96)
+    torch.nn.init.normal_(norm.weight)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = (300 * torch.randn(5, 96)).to(dtype)  # 300^2 is beyond float16
+        exact = F.rms_norm(x.double(), (96,), norm.weight.double(), eps=1e-5)
+        assert norm(x).dtype == dtype
+        torch.testing.assert_close(norm(x), exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_attention_definition_equals_torch():
+    """scaled_dot_product_attention equals torch's for any leading dimensions, with and without a mask."""
+    for leading in ((), (3,), (2, 3), (2, 1, 3)):
+        q, k, v = (torch.randn(*leading, n, d, dtype=torch.float64) for n, d in ((5, 6), (9, 6), (9, 4)))
+        mask = torch.rand(*leading, 5, 9) > 0.5
+        mask[..., 0] = True
+        for m in (None, mask):
+            ours = scaled_dot_product_attention(q, k, v, m)
+            theirs = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=m)[0]
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_query_without_keys_gets_zeros_and_no_gradient():
+    """A fully masked row gives exact zeros, and no NaN reaches any gradient, in each of our attentions."""
+    positions, segment_ids = torch.arange(9), torch.tensor([[0] * 4 + [5] * 3 + [PADDING_SEGMENT_ID] * 2] * 2)
+    for kind in ("naive", "sdpa"):
+        q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (6, 2, 2))
+        out = make_attention(kind, positions, segment_ids)(q, k, v)
+        assert out[:, :, 7:].abs().max() == 0, f"{kind}: padding must give zeros, got {out[:, :, 7:].abs().max()}"
+        for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
+            assert gradient.isfinite().all() and gradient[:, :, 7:].abs().max() == 0, kind
+
+
+def test_rope_equals_its_definition():
+    """RoPE turns neighbouring pairs by position * theta^(-2i/d), for positions of any shape and in any order."""
+    theta, d_k, max_seq_len = 1234.5, 10, 23
+    rope = RotaryPositionalEmbedding(theta, d_k, max_seq_len)
+    x = torch.randn(2, 3, 7, d_k)
+    for shape in ((7,), (1, 7), (2, 1, 7), (2, 3, 7)):
+        positions = torch.randint(max_seq_len, shape)
+        turned = rope(x, positions)
+        everywhere = positions.expand(2, 3, 7)
+        for b, h, t, i in product(range(2), range(3), range(7), range(d_k // 2)):
+            angle = everywhere[b, h, t].item() * theta ** (-2 * i / d_k)
+            number = complex(x[b, h, t, 2 * i], x[b, h, t, 2 * i + 1]) * complex(math.cos(angle), math.sin(angle))
+            assert abs(complex(turned[b, h, t, 2 * i], turned[b, h, t, 2 * i + 1]) - number) < 1e-5
+    assert not rope.state_dict(), "the table follows from the configuration and is not saved"
+    assert rope(x.bfloat16(), positions).dtype == torch.bfloat16
+
+
+def test_rope_scores_depend_on_distance_only():
+    """The product of a turned query and a turned key is the same wherever the two stand at equal distance."""
+    rope = RotaryPositionalEmbedding(10_000.0, 16, 100)
+    q, k = torch.randn(2, 1, 16).double()
+    scores = [rope(q, torch.tensor([p + 7])) @ rope(k, torch.tensor([p])).T for p in (0, 1, 50, 92)]
+    torch.testing.assert_close(torch.stack(scores), scores[0].expand(4, 1, 1), atol=1e-5, rtol=0)
+
+
+def test_mask_rule_by_brute_force():
+    """attention_mask is: not later, same segment, not padding; for keys of their own positions and segments too."""
+    positions, kv_positions = torch.randint(9, (2, 5)), torch.randint(9, (2, 8))
+    segments, kv_segments = torch.randint(-1, 2, (2, 5)), torch.randint(-1, 2, (2, 8))
+    mask = attention_mask(positions, segments, kv_positions, kv_segments)
+    assert mask.shape == (2, 1, 5, 8)
+    for b, t, s in product(range(2), range(5), range(8)):
+        same = segments[b, t] == kv_segments[b, s] and segments[b, t] != -1
+        assert mask[b, 0, t, s] == bool(positions[b, t] >= kv_positions[b, s] and same)
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
+def test_sdpa_equals_naive(num_kv_heads):
+    """sdpa gives the naive result and gradients, plain causal and with segments and positions."""
+    positions, segment_ids = torch.arange(11), torch.tensor([[0] * 4 + [2] * 5 + [-1] * 2, [3] * 6 + [0] * 5])
+    for segments in (None, segment_ids):
+        q = torch.randn(2, 6, 11, 8, requires_grad=True)
+        k, v = (torch.randn(2, num_kv_heads, 11, 8, requires_grad=True) for _ in range(2))
+        results = []
+        for kind in ("naive", "sdpa"):
+            out = make_attention(kind, positions, segments, is_causal=segments is None)(q, k, v)
+            results.append((out, *torch.autograd.grad(out.cos().sum(), (q, k, v))))
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_self_attention_equals_torch_module():
+    """MultiHeadSelfAttention without rotary positions is torch.nn.MultiheadAttention with the same weights."""
+    ours, theirs = MultiHeadSelfAttention(24, 3), torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]))
+        theirs.out_proj.weight.copy_(ours.output_proj.weight)
+    x = torch.randn(2, 7, 24)
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=later, need_weights=False)[0], atol=1e-5, rtol=1e-4)
+
+
+# --- the whole ---
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("num_kv_heads", [6, 2])
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_llama_in_float64(num_kv_heads, tie_embeddings):
+    """The whole model equals transformers' LlamaForCausalLM with q and k rows permuted for its half-split RoPE."""
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(**(SMALL | dict(num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings)))
+    ours = TransformerLM(config).double()
+    for parameter in ours.parameters():  # norms too, so that a forgotten gain shows
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.context_length,
+            rms_norm_eps=1e-5,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=tie_embeddings,
+            attention_bias=False,
+            mlp_bias=False,
+        )
+    ).double()
+    names = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm", "lm_head": "lm_head"}
+    inner = {"attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj"}
+    inner |= {"attn.output_proj": "self_attn.o_proj", "ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+    inner |= {"ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
+    for i in range(config.num_layers):
+        names |= {f"layers.{i}.{mine}": f"model.layers.{i}.{theirs}" for mine, theirs in inner.items()}
+    weights = {}
+    for key, weight in ours.state_dict().items():
+        name = names[key.removesuffix(".weight")]
+        if name.endswith(("q_proj", "k_proj")):  # (0, 1, 2, 3, ...) -> (0, 2, ..., 1, 3, ...) inside every head
+            weight = weight.view(-1, config.head_dim // 2, 2, config.d_model).transpose(1, 2).reshape(weight.shape)
+        weights[f"{name}.weight"] = weight
+    llama.load_state_dict(weights)
+    ids = random_tokens(2, 37)
+    with torch.no_grad():
+        ours_logits, llama_logits = ours(ids), llama(ids).logits
+    # Llama computes its turns in float32 even here, hence not 1e-12.
+    torch.testing.assert_close(ours_logits, llama_logits, atol=1e-4, rtol=1e-5)
+    assert ours_logits.std() > 1, f"logits must be far from zero for this to mean something, std {ours_logits.std()}"
+
+
+def test_state_dict_keys():
+    """The keys are the documented ones, weights are (out, in), and tied models hold one tensor under two names."""
+    model = small_model(num_layers=1)
+    attention = [f"layers.0.attn.{name}_proj.weight" for name in ("q", "k", "v", "output")]
+    block = [f"layers.0.{name}.weight" for name in ("ffn.w1", "ffn.w2", "ffn.w3", "ln1", "ln2")]
+    ends = ["token_embeddings.weight", "ln_final.weight", "lm_head.weight"]
+    assert sorted(model.state_dict()) == sorted(attention + block + ends)
+    assert model.state_dict()["layers.0.attn.k_proj.weight"].shape == (20, 60)
+    assert model.state_dict()["layers.0.ffn.w2.weight"].shape == (60, 76)
+    tied = small_model(tie_embeddings=True)
+    assert sorted(tied.state_dict()) == sorted(small_model().state_dict())
+    assert tied.token_embeddings.weight is tied.lm_head.weight
+    clone = small_model(tie_embeddings=True)
+    clone.load_state_dict(tied.state_dict())
+    assert clone.token_embeddings.weight is clone.lm_head.weight
+
+
+SWITCHES = [
+    dict(norm=norm, pos=pos, ffn=ffn, qk_norm=qk_norm, tie_embeddings=tied, dropout=dropout)
+    for norm, pos, ffn, qk_norm, tied, dropout in product(
+        ("pre", "post", "none"), ("rope", "none"), ("swiglu", "silu", "relu", "relu2"), (False, True), (False, True),
+        (0.0, 0.1),
+    )
+]  # fmt: skip
+
+
+def test_first_loss_and_gradients_for_every_switch():
+    """For all 192 combinations the first loss is within 0.2 of ln V, all parameters get a finite gradient, and the
+    activations keep their size."""
+    for switches in SWITCHES:
+        config = ModelConfig(vocab_size=512, context_length=32, d_model=64, num_layers=6, num_heads=4, **switches)
+        model = TransformerLM(config)
+        ids = random_tokens(4, 33, vocab_size=512)
+        hidden = model.forward_hidden(ids[:, :-1])
+        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten())
+        assert abs(loss.item() - math.log(512)) < 0.2, f"{switches}: loss {loss.item()} against ln V {math.log(512)}"
+        assert hidden.square().mean() < 4, f"{switches}: mean square of the last activations {hidden.square().mean()}"
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{switches}: {name}"
+            assert parameter.grad.abs().max() > 0, f"{switches}: {name} gets no gradient"
+
+
+@pytest.mark.parametrize("sizes", [dict(vocab_size=9_973, d_model=72), dict(vocab_size=64, d_model=768)])
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_first_loss_at_other_sizes(sizes, norm):
+    """The first loss is within 0.2 of ln V for vocabularies larger and much smaller than d_model, tied or not."""
+    for tied in (False, True):
+        config = ModelConfig(**sizes, context_length=16, num_layers=2, num_heads=12, norm=norm, tie_embeddings=tied)
+        ids = random_tokens(4, 17, vocab_size=config.vocab_size)
+        with torch.no_grad():
+            loss = F.cross_entropy(TransformerLM(config)(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        assert abs(loss.item() - math.log(config.vocab_size)) < 0.2, f"{sizes} {norm} tied {tied}: {loss.item()}"
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_causality(attention, norm):
+    """Changing a token leaves every earlier logit bit-identical and changes its own."""
+    model = small_model(attention=attention, norm=norm)
+    ids = random_tokens(2, 41)
+    changed = ids.clone()
+    changed[:, 29] = (ids[:, 29] + 1) % 211
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :29], after[:, :29])
+    assert (before[:, 29:] != after[:, 29:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+def test_documents_do_not_see_each_other(attention):
+    """Packed documents with segment ids and restarting positions give the logits of each document alone."""
+    model = small_model(attention=attention)
+    documents = [random_tokens(1, n) for n in (5, 17, 11)]
+    packed = torch.cat([*documents, random_tokens(1, 3)], dim=1)
+    segment_ids = torch.tensor([[4] * 5 + [0] * 17 + [9] * 11 + [PADDING_SEGMENT_ID] * 3])
+    positions = torch.cat([torch.arange(n) for n in (5, 17, 11, 3)])
+    with torch.no_grad():
+        restarting = model(packed, positions=positions, segment_ids=segment_ids)
+        running = model(packed, segment_ids=segment_ids)  # rotary scores depend on distances alone
+        alone = torch.cat([model(document) for document in documents], dim=1)
+        mixed = model(packed)
+    torch.testing.assert_close(restarting[:, :33], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(running[:, :33], alone, atol=1e-5, rtol=1e-4)
+    assert restarting.isfinite().all()
+    assert (mixed[:, 5:33] - alone[:, 5:]).abs().max() > 1e-3, "without segment ids the documents must mix"
+
+
+def test_positions_of_batches():
+    """positions (T,), (1, T) and (B, T) with equal rows are the same; rows may differ."""
+    model = small_model()
+    ids, positions = random_tokens(2, 9), torch.arange(3, 12)
+    with torch.no_grad():
+        expected = model(ids, positions=positions)
+        assert torch.equal(model(ids, positions=positions[None]), expected)
+        assert torch.equal(model(ids, positions=positions.expand(2, 9)), expected)
+        spread = model(ids, positions=torch.stack([positions, 2 * positions]))
+    torch.testing.assert_close(spread[0], expected[0])
+    assert not torch.allclose(spread[1], expected[1])
+
+
+def test_replaced_attention_is_called_with_grouped_heads():
+    """A callable given as `attention` replaces the local one in every layer and gets positions and segment ids."""
+    calls = []
+
+    def spy(q, k, v, *, positions, segment_ids):
+        calls.append((q.shape, k.shape, positions, segment_ids))
+        return make_attention("naive", positions, segment_ids)(q, k, v)
+
+    config = ModelConfig(**SMALL)
+    model = TransformerLM(config, attention=spy)
+    local = TransformerLM(config)
+    local.load_state_dict(model.state_dict())
+    ids, segment_ids = random_tokens(2, 9), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    torch.testing.assert_close(model(ids, segment_ids=segment_ids), local(ids, segment_ids=segment_ids))
+    assert len(calls) == config.num_layers
+    assert calls[0][:2] == ((2, 6, 9, 10), (2, 2, 9, 10)) and calls[0][3] is segment_ids
+    assert torch.equal(calls[0][2], torch.arange(9))
+    with pytest.raises(ValueError, match="cannot use a cache"):
+        model(ids, cache=KVCache(config, 2))
+
+
+def test_forward_is_head_of_hidden_and_dropout_rests_in_eval():
+    """forward is lm_head of forward_hidden; dropout acts in training only and follows the seed."""
+    model = small_model(dropout=0.3)
+    ids = random_tokens(2, 9)
+    assert torch.equal(model(ids), model.lm_head(model.forward_hidden(ids)))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(ids), model(ids)
+    torch.manual_seed(1)
+    assert torch.equal(model(ids), first) and not torch.equal(first, second)
+
+
+def test_autocast_bfloat16():
+    """Under autocast the products run in bfloat16, the residual stream and the inside of norms in float32."""
+    model = small_model()
+    seen = {}
+    for name in ("ln1", "attn.q_proj", "attn.output_proj"):
+        module = model.layers[1].get_submodule(name)
+        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0].dtype, y.dtype)}))
+    ids = random_tokens(2, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids)
+    assert seen["ln1"] == (torch.float32, torch.float32)
+    assert seen["attn.q_proj"][1] == seen["attn.output_proj"][1] == logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(ids), atol=0.05, rtol=0.05)
+    half = model.bfloat16()  # the whole model in half precision, as for sampling
+    assert half(ids).dtype == torch.bfloat16
+    torch.testing.assert_close(half(ids).float(), logits.float(), atol=0.05, rtol=0.05)
+
+
+def test_too_many_tokens():
+    """More tokens than the context length is a sentence with both numbers."""
+    with pytest.raises(ValueError, match="42 tokens .* 41"):
+        small_model()(random_tokens(1, 42))
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        (dict(d_model=100, num_heads=3), "d_model 100 .* num_heads 3"),
+        (dict(num_heads=16, num_kv_heads=3), "num_heads 16 .* num_kv_heads 3"),
+        (dict(d_model=48, num_heads=16), "48 / 16 = 3 is odd"),
+        (dict(num_layers=0), "num_layers is 0"),
+        (dict(vocab_size=-5), "vocab_size is -5"),
+        (dict(context_length=2.5), "context_length is 2.5"),
+        (dict(d_ff=0), "d_ff is 0"),
+        (dict(num_kv_heads=0), "num_kv_heads is 0"),
+        (dict(norm="layer"), "norm is 'layer': choose one of pre, post, none"),
+        (dict(ffn="gelu"), "swiglu, silu, relu, relu2"),
+        (dict(pos="alibi"), "rope, none"),
+        (dict(attention="fast"), "auto, naive, sdpa, flash"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(rope_theta=0.0), "rope_theta is 0.0"),
+    ],
+)
+def test_mistakes_in_the_configuration(mistake, words):
+    """Each impossible configuration is a ValueError of one sentence that names what clashes."""
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**mistake)
+
+
+def test_d_ff_rule():
+    """d_ff None is the nearest multiple of 64 to 8/3 d_model for swiglu and 4 d_model for the others."""
+    for d_model in range(8, 5000, 8):
+        d_ff = ModelConfig(d_model=d_model, num_heads=4).d_ff
+        assert d_ff % 64 == 0 and (abs(d_ff - 8 * d_model / 3) <= 32 or d_ff == 64), f"{d_model}: {d_ff}"
+    assert [ModelConfig(d_model=d, num_heads=4).d_ff for d in (512, 1600)] == [1344, 4288]
+    assert {ModelConfig(ffn=ffn).d_ff for ffn in ("silu", "relu", "relu2")} == {2048}
+    assert ModelConfig(d_model=60, num_heads=15, pos="none").head_dim == 4
+    assert ModelConfig(d_model=45, num_heads=15, pos="none").head_dim == 3
+
+
+# --- what it costs ---
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_presets(name):
+    """count_parameters equals the real model's, built on the meta device."""
+    config = ModelConfig(**PRESETS[name])
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
+
+
+def test_published_parameter_counts():
+    """The baseline has 22,696,448 parameters, GPT-2 XL's shape at d_ff 6400 2,127,057,600, Llama-7B's 6,738,415,616."""
+    assert ModelConfig(**PRESETS["baseline"]) == ModelConfig(), "the defaults of ModelConfig are the baseline"
+    assert sum(count_parameters(ModelConfig()).values()) == 22_696_448
+    assert sum(count_parameters(ModelConfig(**PRESETS["gpt2-xl"], d_ff=6400)).values()) == 2_127_057_600
+    assert sum(count_parameters(ModelConfig(**PRESETS["gpt2-xl"])).values()) == 1_640_452_800
+    assert sum(count_parameters(ModelConfig(**PRESETS["7b"])).values()) == 6_738_415_616
+
+
+def test_flops_of_gpt2_xl():
+    """GPT-2 XL's shape: 4.513e12 forward FLOPs at context 1024 and 1.495e14 at 16384 (d_ff 6400)."""
+    config = ModelConfig(**PRESETS["gpt2-xl"], d_ff=6400)
+    short, long = flops_per_token(config), flops_per_token(config, 16_384)
+    assert 1024 * sum(short.values()) == pytest.approx(4.513e12, rel=1e-3)
+    assert 16_384 * sum(long.values()) == pytest.approx(1.495e14, rel=1e-3)
+    shares = [round(100 * part / sum(short.values()), 1) for part in short.values()]
+    assert shares == [22.3, 7.1, 66.9, 3.6]
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(ffn="relu"), dict(tie_embeddings=True, num_kv_heads=6)])
+def test_flops_equal_torchs_counter(switches):
+    """flops_per_token is what FlopCounterMode counts in a forward pass, and a third of forward plus backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model(attention="naive", **switches)
+    expected = 2 * 31 * sum(flops_per_token(model.config, 31).values())
+    with FlopCounterMode(display=False) as counter:
+        logits = model(random_tokens(2, 31))
+    assert counter.get_total_flops() == expected
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == 2 * expected
+
+
+def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
+    """Bytes of the distinct storages that the forward pass keeps for the backward pass, parameters not counted."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.forward_hidden(ids)
+        kept = sum(saved.values())  # while `hidden` and its graph are alive, so no storage was used twice
+        model.lm_head(hidden)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        dict(),
+        dict(norm="post"),
+        dict(norm="none", pos="none"),
+        dict(ffn="silu"),
+        dict(ffn="relu"),
+        dict(ffn="relu2"),
+        dict(qk_norm=True),
+        dict(num_kv_heads=6),
+        dict(attention="naive"),
+        dict(attention="naive", num_kv_heads=6),
+    ],
+    ids=str,
+)
+def test_activation_memory_is_what_autograd_saves(switches):
+    """The activation formula is within 2 % of the bytes of the distinct storages that autograd really keeps."""
+    model = small_model(**(dict(attention="sdpa") | switches)).train()
+    expected = training_memory(model.config, 7, 39)["activations"]
+    measured = bytes_saved_by_autograd(model, random_tokens(7, 39))
+    assert measured == pytest.approx(expected, rel=0.02), f"measured {measured}, formula {expected}"
+
+
+def test_other_parts_of_memory():
+    """Parameters, gradients and AdamW's moments take 16 bytes a parameter; logits and their gradient 8 V a token."""
+    memory = training_memory(ModelConfig(), 32)
+    assert [memory[part] for part in ("parameters", "gradients", "AdamW moments")] == [4 * 22_696_448] * 2 + [
+        8 * 22_696_448
+    ]
+    assert memory["logits"] == 2 * 32 * 256 * 10_000 * 4
+
+
+# --- command line ---
+
+
+def test_tables(capsys):
+    """With no flags every preset is shown in lines of at most 120 columns; --preset shows one with its exact totals."""
+    main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    for name in PRESETS:
+        assert sum(line.startswith(f"{name} ") for line in lines) == 2, name
+    main(["--preset", "baseline", "--batch_size", "3", "--context_length", "100"])
+    out = capsys.readouterr().out
+    assert "22,696,448" in out
+    assert f"{sum(training_memory(ModelConfig(), 3, 100).values()):,}" in out
+    assert f"{sum(flops_per_token(ModelConfig(), 100).values()):,}" in out
+
+
+@pytest.mark.parametrize(
+    "argv, words", [(["--preset", "gpt5"], "gpt5"), (["--batch_size", "0"], "batch_size is 0")]
+)
+def test_mistakes_on_the_command_line(argv, words, capsys):
+    """A user's mistake is one sentence on stderr and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.startswith("model.py: ") and error.count("\n") == 1
