@@ -150,9 +150,9 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    # exp(1000) overflows. Subtracting the maximum multiplies numerator and denominator by the same factor, so it
-    # changes neither the result nor, being constant in effect, the gradient: hence the detach.
-    exponentials = torch.exp(x - x.amax(dim=dim, keepdim=True).detach())
+    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor, which changes
+    # neither the result nor the gradient: detached, so that autograd does not keep x for it.
+    exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
 
