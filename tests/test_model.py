@@ -395,6 +395,86 @@ def test_too_many_tokens():
         small_model()(random_tokens(1, 42))
 
 
+# --- decoding with a cache ---
+
+DECODING = [dict(), dict(num_kv_heads=6), dict(num_kv_heads=1), dict(pos="none"), dict(norm="post", qk_norm=True)]
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("switches", DECODING, ids=str)
+@torch.no_grad()
+def test_cached_decoding_equals_recomputing_everything(switches, attention):
+    """Greedy decoding with the cache, prefilled in two pieces, gives token for token what recomputing gives."""
+    model = small_model(attention=attention, **switches)
+    cache = KVCache(model.config, 3)
+    full = random_tokens(3, 11)
+    model(full[:, :4], cache=cache)
+    cached_logits = model(full[:, 4:], cache=cache)
+    torch.testing.assert_close(cached_logits, model(full)[:, 4:], atol=1e-5, rtol=1e-4)
+    for _ in range(model.config.context_length - 11):
+        expected, got = model(full)[:, -1], cached_logits[:, -1]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(got.argmax(dim=-1), expected.argmax(dim=-1))
+        full = torch.cat([full, got.argmax(dim=-1, keepdim=True)], dim=1)
+        cached_logits = model(full[:, -1:], cache=cache)
+    assert cache.length == model.config.context_length == full.shape[1]
+    with pytest.raises(ValueError, match="holds 41 tokens and cannot take 1 more"):
+        model(full[:, -1:], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(model(full[:, -20:], cache=cache), model(full[:, -20:]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("switches", DECODING, ids=str)
+@torch.no_grad()
+def test_batch_of_prompts_of_different_lengths(switches, attention):
+    """Prompts of 3, 12 and 1 tokens, aligned at the right, decode in one batch as each does alone."""
+    model = small_model(attention=attention, **switches)
+    prompts = [random_tokens(n) for n in (3, 12, 1)]
+    ids = torch.stack([F.pad(prompt, (12 - len(prompt), 0)) for prompt in prompts])
+    segment_ids = torch.stack([F.pad(torch.zeros_like(p), (12 - len(p), 0), value=-1) for p in prompts])
+    cache = KVCache(model.config, 3)
+    next_ids = model(ids, segment_ids=segment_ids, cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
+    for step in range(20):
+        prompts = [torch.cat([prompt, new]) for prompt, new in zip(prompts, next_ids)]
+        assert cache.next_positions.flatten().tolist() == [3 + step, 12 + step, 1 + step]
+        logits = model(next_ids, cache=cache)[:, -1]
+        expected = torch.stack([model(prompt[None])[0, -1] for prompt in prompts])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+        next_ids = logits.argmax(dim=-1, keepdim=True)
+        assert torch.equal(next_ids[:, 0], expected.argmax(dim=-1))
+
+
+@torch.no_grad()
+def test_cache_with_explicit_positions_and_documents():
+    """Positions and segments given to a cached call are used, and the next call goes on after them."""
+    model = small_model()
+    ids, cache = random_tokens(2, 9), KVCache(model.config, 2)
+    segment_ids = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0])
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
+    model(ids[:, :7], positions=positions[:7], segment_ids=segment_ids[:7], cache=cache)
+    assert cache.next_positions.tolist() == [[3], [3]]
+    got = model(ids[:, 7:], cache=cache)
+    torch.testing.assert_close(got, model(ids[:, 4:])[:, 3:], atol=1e-5, rtol=1e-4)
+
+
+def test_cache_memory():
+    """bytes_per_token is the growth of keys and values: all heads of k and v, before they are repeated."""
+    for num_kv_heads, dtype in ((6, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
+        config = ModelConfig(**(SMALL | dict(num_kv_heads=num_kv_heads)))
+        cache = KVCache(config, 5, dtype=dtype)
+        assert cache.bytes_per_token() == 2 * 3 * num_kv_heads * 10 * dtype.itemsize
+        assert cache.keys.nbytes + cache.values.nbytes == 5 * 41 * cache.bytes_per_token()
+        assert cache.keys.shape == (3, 5, num_kv_heads, 41, 10)
+
+
+def test_cache_for_another_batch():
+    """A cache made for another number of rows is refused with both numbers."""
+    model = small_model()
+    with pytest.raises(ValueError, match="made for 3 rows and got 2"):
+        model(random_tokens(2, 5), cache=KVCache(model.config, 3))
+
+
 # --- configuration ---
 
 
