@@ -35,6 +35,7 @@ from model import (
 
 # Irregular on purpose: no size is a power of two, and no two sizes are equal.
 SMALL = dict(vocab_size=211, context_length=41, d_model=60, num_layers=3, num_heads=6, num_kv_heads=2, d_ff=76)
+KINDS = ["naive", "sdpa", "flash"]
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +117,7 @@ def test_attention_definition_equals_torch():
 def test_a_query_without_keys_gets_zeros_and_no_gradient():
     """A fully masked row gives exact zeros, and no NaN reaches any gradient, in each of our attentions."""
     positions, segment_ids = torch.arange(9), torch.tensor([[0] * 4 + [5] * 3 + [PADDING_SEGMENT_ID] * 2] * 2)
-    for kind in ("naive", "sdpa"):
+    for kind in KINDS:
         q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (6, 2, 2))
         out = make_attention(kind, positions, segment_ids)(q, k, v)
         assert out[:, :, 7:].abs().max() == 0, f"{kind}: padding must give zeros, got {out[:, :, 7:].abs().max()}"
@@ -158,21 +159,23 @@ def test_mask_rule_by_brute_force():
     for b, t, s in product(range(2), range(5), range(8)):
         same = segments[b, t] == kv_segments[b, s] and segments[b, t] != -1
         assert mask[b, 0, t, s] == bool(positions[b, t] >= kv_positions[b, s] and same)
+    torch.testing.assert_close(attention_mask(positions)[:, 0], positions[:, :, None] >= positions[:, None, :])
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
-def test_sdpa_equals_naive(num_kv_heads):
-    """sdpa gives the naive result and gradients, plain causal and with segments and positions."""
+def test_every_attention_equals_naive(num_kv_heads):
+    """sdpa and flash give the naive result and gradients, plain causal and with segments and positions."""
     positions, segment_ids = torch.arange(11), torch.tensor([[0] * 4 + [2] * 5 + [-1] * 2, [3] * 6 + [0] * 5])
     for segments in (None, segment_ids):
         q = torch.randn(2, 6, 11, 8, requires_grad=True)
         k, v = (torch.randn(2, num_kv_heads, 11, 8, requires_grad=True) for _ in range(2))
         results = []
-        for kind in ("naive", "sdpa"):
+        for kind in KINDS:
             out = make_attention(kind, positions, segments, is_causal=segments is None)(q, k, v)
             results.append((out, *torch.autograd.grad(out.cos().sum(), (q, k, v))))
-        for ours, theirs in zip(*results):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        for naive, sdpa, flash in zip(*results):
+            torch.testing.assert_close(sdpa, naive, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(flash, naive, atol=1e-5, rtol=1e-4)
 
 
 def test_self_attention_equals_torch_module():
@@ -291,7 +294,7 @@ def test_first_loss_at_other_sizes(sizes, norm):
         assert abs(loss.item() - math.log(config.vocab_size)) < 0.2, f"{sizes} {norm} tied {tied}: {loss.item()}"
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("norm", ["pre", "post", "none"])
 def test_causality(attention, norm):
     """Changing a token leaves every earlier logit bit-identical and changes its own."""
@@ -305,7 +308,7 @@ def test_causality(attention, norm):
     assert (before[:, 29:] != after[:, 29:]).any(dim=-1).all()
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", KINDS)
 def test_documents_do_not_see_each_other(attention):
     """Packed documents with segment ids and restarting positions give the logits of each document alone."""
     model = small_model(attention=attention)
@@ -400,7 +403,7 @@ def test_too_many_tokens():
 DECODING = [dict(), dict(num_kv_heads=6), dict(num_kv_heads=1), dict(pos="none"), dict(norm="post", qk_norm=True)]
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("switches", DECODING, ids=str)
 @torch.no_grad()
 def test_cached_decoding_equals_recomputing_everything(switches, attention):
@@ -424,7 +427,7 @@ def test_cached_decoding_equals_recomputing_everything(switches, attention):
     torch.testing.assert_close(model(full[:, -20:], cache=cache), model(full[:, -20:]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("switches", DECODING, ids=str)
 @torch.no_grad()
 def test_batch_of_prompts_of_different_lengths(switches, attention):
