@@ -49,7 +49,7 @@ class ModelConfig:
 
     >>> ModelConfig(d_model=100, num_heads=3)
     Traceback (most recent call last):
-    ValueError: d_model 100 is not divisible by num_heads 3: choose a multiple, so that every head has the same size
+    ValueError: d_model 100 is not divisible by num_heads 3: choose a multiple of it
     """
 
     vocab_size: int = 10_000
@@ -68,39 +68,31 @@ class ModelConfig:
     tie_embeddings: bool = False  # one matrix for token_embeddings and lm_head
     attention: str = "auto"  # auto (flash on CUDA with Triton, else sdpa), naive, sdpa, flash
 
-    CHOICES = {  # not a field (it has no annotation): what each switch accepts, also shown by --help of train.py
-        "norm": ("pre", "post", "none"),
-        "pos": ("rope", "none"),
-        "ffn": ("swiglu", "silu", "relu", "relu2"),
+    CHOICES = {  # without an annotation: no field, but what the switches accept
+        "norm": ("pre", "post", "none"), "pos": ("rope", "none"), "ffn": ("swiglu", "silu", "relu", "relu2"),
         "attention": ("auto", "naive", "sdpa", "flash"),
     }
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads"):
-            require_positive(name, getattr(self, name))
-        if self.d_ff is None:
+        if self.d_ff is None and isinstance(self.d_model, int):
             # A gate is a third matrix: 8/3 d_model instead of 4 keeps the parameters equal; hardware likes 64s.
             self.d_ff = 64 * max(1, (self.d_model + 12) // 24) if self.ffn == "swiglu" else 4 * self.d_model
-        require_positive("d_ff", self.d_ff)
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"):
+            require_positive(name, getattr(self, name))
         for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        heads = f"num_heads {self.num_heads}"
         if self.d_model % self.num_heads:
-            raise ValueError(
-                f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}: "
-                "choose a multiple, so that every head has the same size"
-            )
+            raise ValueError(f"d_model {self.d_model} is not divisible by {heads}: choose a multiple of it")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: "
-                "choose a divisor, so that every key/value head serves equally many query heads"
-            )
+            raise ValueError(f"{heads} is not divisible by num_kv_heads {self.num_kv_heads}: choose a divisor of it")
         if self.pos == "rope" and self.head_dim % 2:
             raise ValueError(
-                f"the head dimension d_model / num_heads = {self.d_model} / {self.num_heads} = {self.head_dim} is odd: "
-                "rotary positions turn pairs of numbers, choose an even head dimension or pos 'none'"
+                f"d_model {self.d_model} / {heads} = {self.head_dim} is odd: pos rope turns pairs of numbers, "
+                "choose an even head dimension or pos none"
             )
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
@@ -117,28 +109,28 @@ def require_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
 
 
-def shape(vocab_size: int, context_length: int, num_layers: int, num_heads: int, d_model: int, **more) -> dict:
+def preset(vocab_size: int, context_length: int, num_layers: int, num_heads: int, d_model: int, **more) -> dict:
     """One row of the table below, as keyword arguments of ModelConfig."""
-    sizes = dict(vocab_size=vocab_size, context_length=context_length, num_layers=num_layers, num_heads=num_heads)
-    return sizes | dict(d_model=d_model) | more
+    return dict(vocab_size=vocab_size, context_length=context_length, d_model=d_model, num_layers=num_layers,
+                num_heads=num_heads, **more)
 
 
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
 # rotary and the feed-forward network is gated. 124m and 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
-    #                  vocab  context layers heads d_model
-    "laptop": shape(2_048, 256, 4, 4, 128),
-    "baseline": shape(10_000, 256, 4, 16, 512, d_ff=1_344),
-    "gpt2-small": shape(50_257, 1_024, 12, 12, 768),
-    "gpt2-medium": shape(50_257, 1_024, 24, 16, 1_024),
-    "gpt2-large": shape(50_257, 1_024, 36, 20, 1_280),
-    "gpt2-xl": shape(50_257, 1_024, 48, 25, 1_600),
-    "10m": shape(2_048, 512, 3, 4, 512, tie_embeddings=True),
-    "41m": shape(50_257, 1_024, 5, 8, 512, tie_embeddings=True),
-    "124m": shape(50_257, 1_024, 12, 12, 768, tie_embeddings=True),
-    "350m": shape(50_257, 1_024, 24, 16, 1_024, tie_embeddings=True),
-    "1b": shape(32_000, 2_048, 22, 32, 2_048, num_kv_heads=4),
-    "7b": shape(32_000, 4_096, 32, 32, 4_096, d_ff=11_008),
+    # name           V   context layers H  C
+    "laptop": preset(2_048, 256, 4, 4, 128),
+    "baseline": preset(10_000, 256, 4, 16, 512),
+    "gpt2-small": preset(50_257, 1_024, 12, 12, 768),
+    "gpt2-medium": preset(50_257, 1_024, 24, 16, 1_024),
+    "gpt2-large": preset(50_257, 1_024, 36, 20, 1_280),
+    "gpt2-xl": preset(50_257, 1_024, 48, 25, 1_600),
+    "10m": preset(2_048, 512, 3, 4, 512, tie_embeddings=True),
+    "41m": preset(50_257, 1_024, 5, 8, 512, tie_embeddings=True),
+    "124m": preset(50_257, 1_024, 12, 12, 768, tie_embeddings=True),
+    "350m": preset(50_257, 1_024, 24, 16, 1_024, tie_embeddings=True),
+    "1b": preset(32_000, 2_048, 22, 32, 2_048, num_kv_heads=4),
+    "7b": preset(32_000, 4_096, 32, 32, 4_096, d_ff=11_008),
 }
 
 # --- 2. The functions: softmax, silu, attention by its definition ---
@@ -309,10 +301,8 @@ class RotaryPositionalEmbedding(nn.Module):
 
 
 def attention_mask(
-    positions: Tensor,
-    segment_ids: Tensor | None = None,
-    kv_positions: Tensor | None = None,
-    kv_segment_ids: Tensor | None = None,
+    positions: Tensor, segment_ids: Tensor | None = None,
+    kv_positions: Tensor | None = None, kv_segment_ids: Tensor | None = None,
 ) -> Tensor:
     """Which query may look at which key: not at a later position, not into another document, never at padding.
 
@@ -343,21 +333,14 @@ def repeat_kv_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def make_attention(
-    kind: str,
-    positions: Tensor,
-    segment_ids: Tensor | None = None,
-    kv_positions: Tensor | None = None,
-    kv_segment_ids: Tensor | None = None,
-    *,
-    is_causal: bool = False,
+    kind: str, positions: Tensor, segment_ids: Tensor | None = None,
+    kv_positions: Tensor | None = None, kv_segment_ids: Tensor | None = None, *, is_causal: bool = False,
 ) -> Attend:
-    """The attention that all layers of one forward pass share.
+    """The attention that all layers of one forward pass share; `is_causal` promises that the mask is the triangle.
 
-    naive   the definition of section 2 under the mask of this section: writes the (B, H, T, S) scores to memory
-    sdpa    torch's fused kernels: the same numbers without storing the scores for the backward pass
+    naive   the definition of section 2 under the mask above: writes the (B, H, T, S) scores to memory, several times
+    sdpa    torch's fused kernels: the same numbers without storing scores, and without a mask if `is_causal`
     flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less
-
-    `is_causal` promises that the mask is the plain causal triangle: then sdpa needs no mask at all.
     """
     if kind == "auto":
         has_triton = importlib.util.find_spec("triton") is not None
@@ -367,21 +350,25 @@ def make_attention(
 
         if is_causal:
             return flash_attention
-        rule = dict(positions=positions, kv_positions=kv_positions)
-        rule |= dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
-        return lambda q, k, v: flash_attention(q, k, v, **rule)
+        return partial(flash_attention, positions=positions, segment_ids=segment_ids,
+                       kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
     if kind == "sdpa" and is_causal:
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     mask = attention_mask(positions, segment_ids, kv_positions, kv_segment_ids)  # (1 or B, 1, T, S)
-    if kind == "sdpa":
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            q, repeat_kv_heads(k, q.shape[1]), repeat_kv_heads(v, q.shape[1]), mask
-        )  # (B, H, T, D)
+        k, v = repeat_kv_heads(k, q.shape[1]), repeat_kv_heads(v, q.shape[1])  # (B, H, S, D)
+        return scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
 
-    return naive
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if segment_ids is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, D)
+        # subtle: what becomes of a query without keys is left to each kernel; let it see all, and clear it after.
+        blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, enable_gqa=True)  # (B, H, T, D)
+        return out.masked_fill(blind, 0.0)
+
+    return naive if kind == "naive" else sdpa
 
 
 # --- 5. The cache for decoding ---
@@ -404,12 +391,8 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: ModelConfig, batch_size: int, *,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:
         size = (config.num_layers, batch_size, config.num_kv_heads, config.context_length, config.head_dim)
         self.keys = torch.empty(size, device=device, dtype=dtype)  # (num_layers, B, G, context_length, D)
@@ -435,10 +418,8 @@ class KVCache:
         if num_rows != batch_size:
             raise ValueError(f"the cache was made for {batch_size} rows and got {num_rows}: make one for each batch")
         if self.length + num_tokens > capacity:
-            raise ValueError(
-                f"the cache holds {self.length} tokens and cannot take {num_tokens} more, the context length is "
-                f"{capacity}: reset it and read again the last part of the text"
-            )
+            more = f"holds {self.length} tokens and cannot take {num_tokens} more"
+            raise ValueError(f"the cache {more}, the context length is {capacity}: reset it and read the end again")
         new = slice(self.length, self.length + num_tokens)
         self.length += num_tokens
         self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
@@ -473,13 +454,8 @@ class MultiHeadSelfAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        rope: RotaryPositionalEmbedding | None = None,
-        qk_norm: bool = False,
+        self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None,
+        rope: RotaryPositionalEmbedding | None = None, qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
@@ -491,12 +467,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.rope = rope
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        attend: Attend | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """x (B, T, C), positions (T,) or (B, T), by default 0 .. T-1; `attend` by default the causal definition."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)  # (T,)
@@ -517,13 +488,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
         super().__init__()
-        self.attn = MultiHeadSelfAttention(
-            config.d_model,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            rope=rope,
-            qk_norm=config.qk_norm,
-        )
+        heads = dict(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        self.attn = MultiHeadSelfAttention(config.d_model, **heads, rope=rope, qk_norm=config.qk_norm)
         if config.ffn == "swiglu":
             self.ffn = SwiGLU(config.d_model, config.d_ff)
         else:
@@ -533,12 +499,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.post_norm = config.norm == "post"
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        attend: Attend | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         if self.post_norm:  # the order of 2017: every sum is normalized, so the gradient passes through every norm
             x = self.ln1(x + self.dropout(self.attn(x, positions, attend)))  # (B, T, C)
             return self.ln2(x + self.dropout(self.ffn(x)))  # (B, T, C)
@@ -592,12 +553,8 @@ class TransformerLM(nn.Module):
                 block.ffn.w2.weight /= math.sqrt(2 * config.num_layers)
 
     def forward_hidden(
-        self,
-        token_ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, token_ids: Tensor, *,
+        positions: Tensor | None = None, segment_ids: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
         """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
 
@@ -628,12 +585,8 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)  # (B, T, C)
 
     def forward(
-        self,
-        token_ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, token_ids: Tensor, *,
+        positions: Tensor | None = None, segment_ids: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V); the arguments are those of forward_hidden."""
         hidden = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
@@ -732,49 +685,28 @@ def compact(number: float) -> str:
     return f"{number:.3g}"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Columns as wide as their longest cell: the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
-
-
-def show_presets(batch_size: int, context_length: int | None) -> None:
-    """Two tables with one line per preset."""
-    costs = [["preset", "layers", "heads", "kv", "d_model", "d_ff", "vocab", "context", "parameters"]]
-    costs[0] += ["projections", "attention", "ffn", "head", "FLOPs"]
-    memory = [["preset", "parameters", "gradients", "AdamW moments", "activations", "logits", "bytes"]]
-    for name, sizes in PRESETS.items():
-        config = ModelConfig(**sizes)
-        length = context_length or config.context_length
-        flops, held = flops_per_token(config, length), training_memory(config, batch_size, length)
-        row = [config.num_layers, config.num_heads, config.num_kv_heads, config.d_model, config.d_ff, config.vocab_size]
-        parameters = sum(count_parameters(config).values())
-        costs.append([name, *map(str, row), str(length), compact(parameters)])
-        costs[-1] += [f"{part / sum(flops.values()):.1%}" for part in flops.values()] + [compact(sum(flops.values()))]
-        memory.append([name, *map(compact, held.values()), compact(sum(held.values()))])
-    print("Shape, parameters, and forward FLOPs per token by part (training: 3 times as many)\n")
-    print(table(costs))
-    print(f"\nBytes of a float32 training step by part, batch_size {batch_size}\n")
-    print(table(memory))
-
-
-def show_preset(name: str, batch_size: int, context_length: int | None) -> None:
-    """One preset: each of the three accounts part by part, with its share."""
-    config = ModelConfig(**PRESETS[name])
-    length = context_length or config.context_length
-    print(f"{name}: " + ", ".join(f"{field} {value}" for field, value in PRESETS[name].items()) + "\n")
-    rows = []
-    for title, parts in (
-        ("parameters", count_parameters(config)),
-        (f"forward FLOPs per token at context {length}", flops_per_token(config, length)),
-        (f"bytes of a float32 training step, batch_size {batch_size}", training_memory(config, batch_size, length)),
-    ):
-        total = sum(parts.values())
-        rows += [[title, f"{total:,}", compact(total), ""]]
-        rows += [[f"    {part}", f"{n:,}", compact(n), f"{n / total:.1%}"] for part, n in parts.items()]
-    print(table(rows))
+def show(names: list[str], batch_size: int, context_length: int | None) -> None:
+    """The three accounts, one table each: all presets in a line each, or one preset part by part with exact numbers."""
+    accounts = {
+        "Parameters": lambda config, context_length: count_parameters(config),
+        "FLOPs per token of the forward pass (training: 3 times as many)": flops_per_token,
+        f"Bytes of a float32 training step, batch_size {batch_size}": partial(training_memory, batch_size=batch_size),
+    }
+    for title, account in accounts.items():
+        rows = []
+        for name in names:
+            config = ModelConfig(**PRESETS[name])
+            parts = account(config, context_length=context_length)
+            parts["total"] = sum(parts.values())
+            if len(names) == 1:
+                rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]
+            else:
+                rows += [["preset", *parts]] if not rows else []
+                rows.append([name, *map(compact, parts.values())])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        print(f"\n{title}")
+        for first, *others in rows:
+            print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -787,12 +719,9 @@ def main(argv: list[str] | None = None) -> None:
         require_positive("batch_size", args.batch_size)
         if args.context_length is not None:
             require_positive("context_length", args.context_length)
-        if args.preset is None:
-            show_presets(args.batch_size, args.context_length)
-        elif args.preset in PRESETS:
-            show_preset(args.preset, args.batch_size, args.context_length)
-        else:
+        if args.preset is not None and args.preset not in PRESETS:
             raise ValueError(f"there is no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
+        show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
     except ValueError as error:
         print(f"model.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -486,7 +486,7 @@ def test_cache_for_another_batch():
     [
         (dict(d_model=100, num_heads=3), "d_model 100 .* num_heads 3"),
         (dict(num_heads=16, num_kv_heads=3), "num_heads 16 .* num_kv_heads 3"),
-        (dict(d_model=48, num_heads=16), "48 / 16 = 3 is odd"),
+        (dict(d_model=48, num_heads=16), "48 / num_heads 16 = 3 is odd"),
         (dict(num_layers=0), "num_layers is 0"),
         (dict(vocab_size=-5), "vocab_size is -5"),
         (dict(context_length=2.5), "context_length is 2.5"),
@@ -622,7 +622,7 @@ def test_tables(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     for name in PRESETS:
-        assert sum(line.startswith(f"{name} ") for line in lines) == 2, name
+        assert sum(line.startswith(f"{name} ") for line in lines) == 3, name
     main(["--preset", "baseline", "--batch_size", "3", "--context_length", "100"])
     out = capsys.readouterr().out
     assert "22,696,448" in out
