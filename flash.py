@@ -11,18 +11,25 @@ out = acc / total, and the log-sum-exp L = m + log(total) is all that the backwa
 probability as exp(score - L). Two more ideas make it fast on packed documents: tiles that nobody may see are never
 touched, and tiles that everybody may see are computed without a mask.
 
-  1. The rule: who sees whom
-  2. The same, tile by tile
-  3. One function for all of them
+  1. The rule: who sees whom          4. The kernels in Triton: forward
+  2. The same, tile by tile           5. The kernels in Triton: backward
+  3. Which tiles can be skipped       6. One function for all of them
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there are no wheels for macOS and Windows; all but sections 4 and 5 works without
+    triton = None
 
 PADDING_SEGMENT_ID = -1
 
@@ -254,18 +261,411 @@ def empty_heads(like: Tensor, heads: int, length: int, head_dim: int | None = No
     return like.new_empty(shape).transpose(1, 2)  # (B, H, T, D)
 
 
-# --- 3. One function for all of them ---
+# --- 3. Which tiles can be skipped ---
+
+
+def tile_bounds(
+    rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int, *, by_key: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Where each row of tiles of the (T, S) matrix begins and ends: int32 (B or 1, tiles, 4), from tile extremes only.
+
+    One row holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped,
+    those from full_low to full_high - 1 are seen by everybody and need no mask, the others are computed with it.
+    A row is one tile of queries that walks over tiles of keys, or with `by_key` one tile of keys over tiles of queries.
+
+    Only the smallest and largest position and id of every tile are compared, so a tile may be visited in vain
+    (interleaved ids whose ranges overlap) but never missed, and the full run is proven tile by tile: ids may have any
+    value, come in any order and come back.
+
+    >>> rule = MaskRule(True, None, None, None, None, None)
+    >>> tile_bounds(rule, 6, 6, 2, 2).tolist()
+    [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 0, 2, 3]]]
+    """
+    def extremes(values: Tensor | None, length: int, tile: int) -> tuple[Tensor, Tensor]:
+        if values is None:
+            values = torch.arange(length, device=device, dtype=torch.int32)[None]
+        last = values[:, -1:].expand(-1, -length % tile)  # filling up with the last value changes no extreme
+        values = torch.cat([values, last], 1).unflatten(1, (-1, tile))  # (B, tiles, tile)
+        return values.amin(-1), values.amax(-1)
+
+    q_low, q_high = (x[:, :, None] for x in extremes(rule.q_positions, q_len, q_tile))  # (B, q_tiles, 1)
+    k_low, k_high = (x[:, None, :] for x in extremes(rule.k_positions, k_len, k_tile))  # (B, 1, k_tiles)
+    touched = torch.ones_like(q_low + k_low, dtype=torch.bool)  # (B, q_tiles, k_tiles): perhaps a visible pair
+    full = touched  # certainly nothing but visible pairs
+    if rule.causal:
+        touched, full = touched & (q_high >= k_low), full & (q_low >= k_high)
+    if rule.window is not None:
+        touched, full = touched & (q_low - k_high < rule.window), full & (q_high - k_low < rule.window)
+    if rule.q_ids is not None:
+        q_low, q_high = (x[:, :, None] for x in extremes(rule.q_ids, q_len, q_tile))  # (B, q_tiles, 1)
+        k_low, k_high = (x[:, None, :] for x in extremes(rule.k_ids, k_len, k_tile))  # (B, 1, k_tiles)
+        padding = (q_low == PADDING_SEGMENT_ID) & (q_high == PADDING_SEGMENT_ID)
+        touched = touched & (q_low <= k_high) & (k_low <= q_high) & ~padding
+        full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & ~padding
+    if by_key:
+        touched, full = touched.mT, full.mT  # (B, k_tiles, q_tiles)
+    inner_len, inner_tile = (q_len, q_tile) if by_key else (k_len, k_tile)
+    index = torch.arange(touched.shape[-1], device=device)
+    full = full & touched & (index < inner_len // inner_tile)  # a last tile that sticks out needs its mask
+    high = torch.where(touched, index + 1, 0).amax(-1)  # (B, tiles)
+    low = torch.minimum(torch.where(touched, index, len(index)).amin(-1), high)
+    # subtle: full tiles may come in several runs (a document that returns); only the longest run goes without a mask.
+    last_partial = torch.where(full, -1, index).cummax(-1).values
+    run, run_end = torch.where(full, index - last_partial, 0).max(-1)
+    full_high = torch.where(run > 0, run_end + 1, low)
+    return torch.stack([low, full_high - run, full_high, high], -1).to(torch.int32)  # (B, tiles, 4)
+
+
+@functools.lru_cache(maxsize=64)
+def plain_bounds(causal: bool, window: int | None, *args, **kwargs) -> Tensor:
+    """`tile_bounds` of a mask that no tensor describes: the same in every layer and step, so it is computed once."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
+        return tile_bounds(MaskRule(causal, window, None, None, None, None), *args, **kwargs)
+
+
+def mask_picture(rule: MaskRule, q_len: int, k_len: int, tile: int, row: int = 0) -> str:
+    """One character a tile for one row of the batch: blank skipped, light computed with the mask, solid without."""
+    lines = []
+    for low, full_low, full_high, high in tile_bounds(rule, q_len, k_len, tile, tile)[row].tolist():
+        lines.append(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high))
+    return "\n".join(lines)
+
+
+# --- 4. The kernels in Triton: forward ---
+
+# A program owns one tile of queries of one head and walks over tiles of keys, first those that need no mask, then the
+# others (on Hopper the opposite order makes ptxas serialize the tensor cores). Exponentials are powers of 2, the only
+# one the hardware has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
+
+
+def jit(function):
+    """triton.jit where Triton is installed."""
+    return function if triton is None else triton.jit(function)
+
+
+@jit
+def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+              CHECK_ROWS: tl.constexpr):
+    """Rows of D numbers as a (ROWS, D_PAD) tile; D_PAD is D rounded up to a power of 2, and what is outside is 0."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    # subtle: the offset of a row passes 2^31 at long contexts, the offsets inside a tile do not.
+    pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
+    if CHECK_ROWS:
+        return tl.load(pointers, mask=(first_row + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
+    if D != D_PAD:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@jit
+def store_tile(base, values, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=(first_row + rows < length)[:, None] & (columns < D))
+
+
+@jit
+def visible_tile(q_rows, k_rows, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
+                 WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr):
+    """`visible` for a tile: q_rows (T, 1) with k_rows (1, S) give (T, S), and (1, T) with (S, 1) its transpose."""
+    q_inside, k_inside = q_rows < q_len, k_rows < k_len
+    mask = q_inside & k_inside
+    distance = q_rows - k_rows
+    if POSITIONS:
+        distance = tl.load(q_positions + q_rows, mask=q_inside, other=0) - tl.load(k_positions + k_rows, mask=k_inside,
+                                                                                   other=0)
+    if CAUSAL:
+        mask = mask & (distance >= 0)
+    if WINDOW > 0:
+        mask = mask & (distance < WINDOW)
+    if IDS:
+        q_id = tl.load(q_ids + q_rows, mask=q_inside, other=-1)
+        mask = mask & (q_id == tl.load(k_ids + k_rows, mask=k_inside, other=-1)) & (q_id != -1)
+    return mask
+
+
+@jit
+def forward_kernel(
+    q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    heads, q_len, k_len, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):
+    """out and L of one tile of queries: the same steps as `tiles_forward`."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most keys: the longest work starts first
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
+    if POSITIONS:
+        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
+    if IDS:
+        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
+    bounds += batch * bounds_batch + tile * 4
+    low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
+    q_rows = tile * Q_TILE + tl.arange(0, Q_TILE)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, tile * Q_TILE, q_len, q_row, Q_TILE, D, D_PAD, True)
+    m = tl.full([Q_TILE], float("-inf"), tl.float32)  # running maximum of score * scale_log2
+    total = tl.zeros([Q_TILE], tl.float32)
+    acc = tl.zeros([Q_TILE, DV_PAD], tl.float32)
+    for masked in tl.static_range(2):  # unrolled by the compiler: the loop without a mask, then the loop with it
+        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
+        for step in range(begin, end):
+            k_first = step * K_TILE
+            if masked:
+                k_first = (step + tl.where(step >= full_low, full_high - full_low, 0)) * K_TILE  # hop over full tiles
+            k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD, masked)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
+            if masked:
+                k_rows = k_first + tl.arange(0, K_TILE)
+                scores = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
+                                               q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), scores, float("-inf"))
+            m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+            m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if masked else m_new
+            p = tl.exp2(scores * scale_log2 - m_finite[:, None])
+            decay = tl.exp2(m - m_finite)
+            total = total * decay + tl.sum(p, 1)
+            v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD, masked)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+            m = m_new
+    total = tl.where(total == 0, 1.0, total)  # blind rows: out = 0 / 1, L = -inf + log 1
+    store_tile(out + batch * out_batch + head * out_head, acc / total[:, None], tile * Q_TILE, q_len, out_row, Q_TILE,
+               DV, DV_PAD)
+    log_sum_exp = (m + tl.log2(total)) * 0.6931471805599453  # times ln 2: from powers of 2 back to powers of e
+    tl.store(L + (batch * heads + head) * q_len + q_rows, log_sum_exp, mask=q_rows < q_len)
+
+
+# --- 5. The kernels in Triton: backward ---
+
+# Two kernels, each owning what it writes, so that no two programs add to the same number and the result is the same in
+# every run: the first owns a tile of queries and makes dQ (and delta, which both need), the second owns a tile of keys
+# and makes dK and dV from all query heads that share this key head.
+
+
+@jit
+def dq_kernel(
+    q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, heads, q_len, k_len, scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):
+    """dQ of one tile of queries, and delta = rowsum(out * grad_out)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
+    if POSITIONS:
+        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
+    if IDS:
+        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
+    bounds += batch * bounds_batch + tile * 4
+    low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
+    q_first = tile * Q_TILE
+    q_rows = q_first + tl.arange(0, Q_TILE)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD, True)
+    out_tile = load_tile(out + batch * out_batch + head * out_head, q_first, q_len, out_row, Q_TILE, DV, DV_PAD, True)
+    grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV, DV_PAD,
+                     True)
+    delta_rows = tl.sum(out_tile.to(tl.float32) * grad.to(tl.float32), 1)
+    flat_rows = (batch * heads + head) * q_len + q_rows  # L and delta are (B, H, T)
+    tl.store(delta + flat_rows, delta_rows, mask=q_rows < q_len)
+    L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
+    L_log2 = tl.where(L_rows == float("-inf"), 0.0, L_rows * 1.4426950408889634)  # times log2(e)
+    acc = tl.zeros([Q_TILE, D_PAD], tl.float32)
+    for masked in tl.static_range(2):
+        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
+        for step in range(begin, end):
+            k_first = step * K_TILE
+            if masked:
+                k_first = (step + tl.where(step >= full_low, full_high - full_low, 0)) * K_TILE
+            k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD, masked)
+            v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD, masked)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
+            p = tl.exp2(scores * scale_log2 - L_log2[:, None])
+            if masked:
+                k_rows = k_first + tl.arange(0, K_TILE)
+                p = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
+                                          q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p, 0.0)
+            dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
+            acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    store_tile(dq + batch * dq_batch + head * dq_head, acc * scale, q_first, q_len, dq_row, Q_TILE, D, D_PAD)
+
+
+@jit
+def dkdv_kernel(
+    q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
+    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, q_len, k_len, scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):
+    """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
+    tile, kv_heads = tl.program_id(0), heads // GROUP
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    if POSITIONS:
+        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
+    if IDS:
+        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
+    bounds += batch * bounds_batch + tile * 4
+    low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
+    k_first = tile * K_TILE
+    k_rows = k_first + tl.arange(0, K_TILE)
+    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, k_first, k_len, k_row, K_TILE, D, D_PAD, True)
+    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_len, v_row, K_TILE, DV, DV_PAD, True)
+    dk_acc = tl.zeros([K_TILE, D_PAD], tl.float32)
+    dv_acc = tl.zeros([K_TILE, DV_PAD], tl.float32)
+    for masked in tl.static_range(2):
+        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
+        for step in range(0, GROUP * (end - begin)):  # one loop over (query head of the group, tile of queries)
+            head, q_index = kv_head * GROUP, begin + step
+            if GROUP > 1:
+                head, q_index = head + step // (end - begin), begin + step % (end - begin)
+            if masked:
+                q_index += tl.where(q_index >= full_low, full_high - full_low, 0)
+            q_first = q_index * Q_TILE
+            q_rows = q_first + tl.arange(0, Q_TILE)
+            flat_rows = (batch * heads + head) * q_len + q_rows
+            if masked:
+                L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
+                L_rows = tl.where(L_rows == float("-inf"), 0.0, L_rows)
+                delta_rows = tl.load(delta + flat_rows, mask=q_rows < q_len, other=0.0)
+            else:
+                L_rows, delta_rows = tl.load(L + flat_rows), tl.load(delta + flat_rows)
+            q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD, masked)
+            grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV,
+                             DV_PAD, masked)
+            scores_t = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (K_TILE, Q_TILE)
+            p_t = tl.exp2(scores_t * scale_log2 - (L_rows * 1.4426950408889634)[None, :])
+            if masked:
+                p_t = tl.where(visible_tile(q_rows[None, :], k_rows[:, None], q_len, k_len, q_positions, k_positions,
+                                            q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p_t, 0.0)
+            dv_acc = tl.dot(p_t.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
+            dscores_t = p_t * (tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION) - delta_rows[None, :])
+            dk_acc = tl.dot(dscores_t.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    store_tile(dk + batch * dk_batch + kv_head * dk_head, dk_acc * scale, k_first, k_len, dk_row, K_TILE, D, D_PAD)
+    store_tile(dv + batch * dv_batch + kv_head * dv_head, dv_acc, k_first, k_len, dv_row, K_TILE, DV, DV_PAD)
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched: the tile sizes, the warps of a program, the stages of its software pipeline."""
+
+    q_tile: int
+    k_tile: int
+    num_warps: int
+    num_stages: int
+
+
+# One entry for each kernel and padded head dim; every one compiles for sm_90 without spilling registers (tests).
+LAUNCH_16_BIT = {
+    64: {"forward": Launch(128, 64, 4, 3), "dq": Launch(128, 64, 4, 2), "dkdv": Launch(64, 128, 8, 2)},
+    128: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkdv": Launch(64, 128, 8, 2)},
+    256: {"forward": Launch(64, 64, 4, 2), "dq": Launch(64, 64, 4, 2), "dkdv": Launch(64, 64, 8, 1)},
+}
+LAUNCH_32_BIT = {
+    64: {"forward": Launch(64, 32, 4, 2), "dq": Launch(32, 32, 4, 2), "dkdv": Launch(32, 32, 4, 2)},
+    128: {"forward": Launch(32, 32, 4, 2), "dq": Launch(32, 32, 4, 2), "dkdv": Launch(32, 32, 4, 2)},
+    256: {"forward": Launch(16, 16, 4, 2), "dq": Launch(16, 16, 4, 2), "dkdv": Launch(16, 16, 4, 2)},
+}
+
+
+def padded(head_dim: int) -> int:
+    """The power of 2, at least 16 (the smallest the tensor cores multiply), that holds head_dim."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) -> list[int]:
+    """Launches of the forward, dq and dkdv kernels in a row, from the table where `params` does not name them."""
+    params = params or {}
+    if unknown := set(params) - {"forward", "dq", "dkdv"}:
+        raise ValueError(f"params names {sorted(unknown)}, but the kernels are forward, dq and dkdv.")
+    head_dim = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
+    if head_dim > 256 or q.dtype == torch.float64:
+        raise ValueError(f"the Triton kernels take head dims up to 256 and at most 32 bits, not {q.shape[-1]}, "
+                         f"{v.shape[-1]} and {q.dtype}; use backend='sdpa'.")
+    table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[head_dim]
+    return [number for kernel in ("forward", "dq", "dkdv") for number in params.get(kernel, table[kernel])]
+
+
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
+                   ) -> tuple[Tensor, Tensor]:
+    check_triton(q)
+    (B, H, T, _), S = q.shape, k.shape[2]
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    out, L = empty_heads(v, H, T), q.new_empty(B, H, T, dtype=torch.float32)
+    forward_kernel[(bounds.shape[1], B * H)](
+        q, k, v, out, L, *rule[2:], bounds, bounds.stride(0) if len(bounds) > 1 else 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, T, S, scale * LOG2_E,
+        **kernel_constants(q, k, v, rule, launch))
+    return out, L
+
+
+def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
+                    scale: float, dq_launch: list[int], dkdv_launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor,
+                    ) -> tuple[Tensor, Tensor, Tensor]:
+    (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
+    q, k, v, out, grad_out = (unit_stride(x) for x in (q, k, v, out, grad_out))
+    dq, dk, dv = empty_heads(q, H, T), empty_heads(k, G, S), empty_heads(v, G, S)
+    L, delta = L.contiguous(), torch.empty_like(L, memory_format=torch.contiguous_format)
+    dq_kernel[(dq_bounds.shape[1], B * H)](
+        q, k, v, out, grad_out, L, delta, dq, *rule[2:], dq_bounds, dq_bounds.stride(0) if len(dq_bounds) > 1 else 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
+        H, T, S, scale, scale * LOG2_E, **kernel_constants(q, k, v, rule, dq_launch))
+    dkdv_kernel[(dkdv_bounds.shape[1], B * G)](
+        q, k, v, grad_out, L, delta, dk, dv, *rule[2:], dkdv_bounds,
+        dkdv_bounds.stride(0) if len(dkdv_bounds) > 1 else 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        H, T, S, scale, scale * LOG2_E, **kernel_constants(q, k, v, rule, dkdv_launch))
+    return dq, dk, dv
+
+
+LOG2_E = 1.4426950408889634
+
+
+def check_triton(q: Tensor) -> None:
+    if triton is None:
+        raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
+    interpreted = not isinstance(forward_kernel, triton.JITFunction)
+    if q.device.type != "cuda" and not interpreted:
+        raise ValueError(f"the Triton kernels run on a GPU, but the tensors are on {q.device}; use backend='auto', or "
+                         "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
+    if interpreted and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kernel_constants(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, launch: list[int]) -> dict[str, object]:
+    """What is fixed when a kernel is compiled."""
+    q_tile, k_tile, num_warps, num_stages = launch
+    full_float32 = torch.get_float32_matmul_precision() == "highest"  # PyTorch's own switch for TF32
+    return dict(GROUP=q.shape[1] // k.shape[1], D=q.shape[-1], D_PAD=padded(q.shape[-1]), DV=v.shape[-1],
+                DV_PAD=padded(v.shape[-1]), CAUSAL=rule.causal, WINDOW=rule.window or 0,
+                POSITIONS=rule.q_positions is not None, IDS=rule.q_ids is not None,
+                PRECISION="ieee" if full_float32 else "tf32", Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps,
+                num_stages=num_stages)
+
+
+# --- 6. One function for all of them ---
 
 # As two custom operators, forward and backward are opaque calls to torch.compile and to activation checkpointing: all
 # these need to know is the shape of the result (the `fake` functions) and which operator is the derivative of which.
-OPTIONS = "bool causal, int? window, float scale, int[] tiles, str backend"
-MASK = "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids"
+OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
+           "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids, "
+           "Tensor? forward_bounds, Tensor? dq_bounds, Tensor? dkdv_bounds")
 
 
-@torch.library.custom_op("flash::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}, {MASK})"
-                         " -> (Tensor, Tensor)")
-def forward_op(q, k, v, causal, window, scale, tiles, backend, *mask):
-    return tiles_forward(q, k, v, MaskRule(causal, window, *mask), scale, *tiles)
+@torch.library.custom_op("flash::forward", mutates_args=(),
+                         schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
+def forward_op(q, k, v, causal, window, scale, launch, backend, *tensors):
+    rule, bounds = MaskRule(causal, window, *tensors[:4]), tensors[4:]
+    if backend == "triton":
+        return triton_forward(q, k, v, rule, scale, launch[:4], bounds[0])
+    return tiles_forward(q, k, v, rule, scale, *launch[:2])
 
 
 @forward_op.register_fake
@@ -275,9 +675,12 @@ def forward_fake(q, k, v, *_):
 
 
 @torch.library.custom_op("flash::backward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor out, "
-                         f"Tensor L, Tensor grad_out, {OPTIONS}, {MASK}) -> (Tensor, Tensor, Tensor)")
-def backward_op(q, k, v, out, L, grad_out, causal, window, scale, tiles, backend, *mask):
-    return tiles_backward(q, k, v, out, L, grad_out, MaskRule(causal, window, *mask), scale, *tiles)
+                         f"Tensor L, Tensor grad_out, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+def backward_op(q, k, v, out, L, grad_out, causal, window, scale, launch, backend, *tensors):
+    rule, bounds = MaskRule(causal, window, *tensors[:4]), tensors[4:]
+    if backend == "triton":
+        return triton_backward(q, k, v, out, L, grad_out, rule, scale, launch[4:8], launch[8:], *bounds[1:])
+    return tiles_backward(q, k, v, out, L, grad_out, rule, scale, *launch[:2])
 
 
 @backward_op.register_fake
@@ -286,17 +689,34 @@ def backward_fake(q, k, v, *_):
 
 
 def save_for_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.options, mask = inputs[3:8], inputs[8:]
-    ctx.save_for_backward(*inputs[:3], *output, *mask)
+    ctx.options = inputs[3:8]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[8:])
 
 
 def gradients(ctx, grad_out: Tensor, grad_L: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, L, *mask = ctx.saved_tensors
-    grads = backward_op(q, k, v, out, L, grad_out, *ctx.options, *mask)
-    return *grads, *[None] * (len(ctx.options) + len(mask))
+    q, k, v, out, L, *tensors = ctx.saved_tensors
+    grads = backward_op(q, k, v, out, L, grad_out, *ctx.options, *tensors)
+    return *grads, *[None] * (len(ctx.options) + len(tensors))
 
 
 forward_op.register_autograd(gradients, setup_context=save_for_gradients)
+
+
+def operator_arguments(
+    q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, params: dict[str, Launch] | None, backend: str,
+) -> tuple:
+    """Everything after q, k and v in the signature of the operators; the bounds of the tiles are computed here."""
+    if backend == "tiles":
+        q_tile, k_tile = params["forward"][:2] if params else (128, 128)
+        return rule.causal, rule.window, scale, [q_tile, k_tile], backend, *rule[2:], None, None, None
+    launch = launch_table(q, v, params)
+    build = functools.partial(tile_bounds, rule)
+    # torch.compile looks into tile_bounds itself, and computes it once for all layers that share a mask.
+    if rule.q_positions is None and rule.q_ids is None and not torch.compiler.is_compiling():
+        build = functools.partial(plain_bounds, rule.causal, rule.window)
+    forward, dq, dkdv = (build(q.shape[2], k.shape[2], *launch[start:start + 2], by_key=start == 8, device=q.device)
+                         for start in (0, 4, 8))
+    return rule.causal, rule.window, scale, launch, backend, *rule[2:], forward, dq, dkdv
 
 
 class FlashAttentionPyTorch(torch.autograd.Function):
@@ -309,15 +729,25 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, L = ctx.saved_tensors
-        q_, k_, v_, out_, grad_out_ = (as_heads(x) for x in (q, k, v, out, grad_out))
-        grads = backward_op(q_, k_, v_, out_, L.reshape(q_.shape[:3]), grad_out_, *ctx.options)
+        folded = [as_heads(x) for x in (q, k, v, out, L[..., None], grad_out)]
+        folded[4] = folded[4][..., 0]  # L is (B, 1, T)
+        grads = backward_op(*folded, *ctx.options)
         return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None
+
+
+class FlashAttentionTriton(FlashAttentionPyTorch):
+    """The same by the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        return forward_and_save(ctx, q, k, v, is_causal, "triton")
 
 
 def forward_and_save(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, backend: str) -> Tensor:
     q_, k_, v_ = as_heads(q), as_heads(k), as_heads(v)
     check_shapes(q_, k_, v_)
-    ctx.options = is_causal, None, q.shape[-1] ** -0.5, [128, 128], backend, None, None, None, None
+    rule = mask_rule(q_, k_, causal=is_causal)
+    ctx.options = operator_arguments(q_, k_, v_, rule, q.shape[-1] ** -0.5, None, backend)
     out, L = forward_op(q_, k_, v_, *ctx.options)
     out = out.reshape(*q.shape[:-1], v.shape[-1])  # (..., T, Dv)
     ctx.save_for_backward(q, k, v, out, L.reshape(q.shape[:-1]))
@@ -329,19 +759,22 @@ def as_heads(x: Tensor) -> Tensor:
     return x.reshape(-1, 1, *x.shape[-2:])
 
 
-DENSE_MASK_LIMIT = 2**30  # elements, a byte each: above this, "auto" prefers tiles to a dense mask
+DENSE_MASK_LIMIT = 2**30  # bytes, one for each query and key: above this, "auto" prefers tiles to a dense mask
 
 
-def choose_backend(device: torch.device | str, mask_elements: int = 0) -> tuple[str, str]:
-    """What backend="auto" means: the backend's name and the reason, one line each.
+def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, mask_bytes: int = 0
+                   ) -> tuple[str, str]:
+    """What backend="auto" means: the backend's name, and the reason as a sentence to print.
 
-    mask_elements is B * T * S where segment ids, positions or a window are given, and 0 where causal is all.
+    mask_bytes is B * T * S where segment ids, positions or a window are given, and 0 where causal is all.
     """
-    if mask_elements == 0:
-        return "sdpa", "PyTorch's scaled_dot_product_attention has its own kernels for plain and causal attention"
-    if mask_elements <= DENSE_MASK_LIMIT:
-        return "sdpa", f"PyTorch's scaled_dot_product_attention with a dense mask of {mask_elements:,} bytes"
-    return "tiles", f"a dense mask would take {mask_elements:,} bytes, so the tiles of plain PyTorch are used"
+    if torch.device(device).type == "cuda" and triton is not None and head_dim <= 256 and dtype != torch.float64:
+        return "triton", "Triton kernels: the device is a GPU and triton is installed."
+    if mask_bytes == 0:
+        return "sdpa", "PyTorch's own scaled_dot_product_attention: the Triton kernels need a GPU and triton installed."
+    if mask_bytes <= DENSE_MASK_LIMIT:
+        return "sdpa", f"PyTorch's own scaled_dot_product_attention with a dense mask of {mask_bytes:,} bytes."
+    return "tiles", f"tiles in plain PyTorch: a dense mask would take {mask_bytes:,} bytes."
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
@@ -358,15 +791,17 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
     kv_segment_ids: Tensor | None = None, positions: Tensor | None = None, kv_positions: Tensor | None = None,
-    window: int | None = None, scale: float | None = None, backend: str = "auto",
+    window: int | None = None, scale: float | None = None, params: dict[str, Launch] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of q (B, H, T, D) on k (B, G, S, D) and v (B, G, S, Dv): (B, H, T, Dv), by the rule of `visible`.
 
-    G divides H: query heads h * H/G to (h + 1) * H/G - 1 share key head h. Integer tensors are (B, T) or (T,) for
+    G divides H: query heads g * H/G to (g + 1) * H/G - 1 share key head g. Integer tensors are (B, T) or (T,) for
     queries and (B, S) or (S,) for keys. Without positions, queries and keys both count from 0; a decoding step passes
     the position of its query. What is given for queries alone holds for the keys too where T == S. Segment ids fit in
     32 bits; padding (-1), and whatever sees no key, gives zeros and receives zero gradient. scale is 1 / sqrt(D) where
-    not given. backend: auto (see `choose_backend`), tiles, sdpa or reference.
+    not given. params replaces entries of the table of launches, as {"forward": Launch(...)}. backend is auto (see
+    `choose_backend`), triton, tiles, sdpa or reference.
     """
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32 beside a 16-bit v
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -378,13 +813,14 @@ def flash_attention(
                      kv_positions=kv_positions, window=window)
     rule = mask_rule(q, k, **mask_args)
     if backend == "auto":
-        masked = rule.window is not None or rule.q_positions is not None or rule.q_ids is not None
-        backend, _ = choose_backend(q.device, q.shape[0] * q.shape[2] * k.shape[2] if masked else 0)
+        plain = rule.window is None and rule.q_positions is None and rule.q_ids is None
+        mask_bytes = 0 if plain else q.shape[0] * q.shape[2] * k.shape[2]
+        backend, _ = choose_backend(q.device, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
     if backend == "reference":
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return reference_attention(q, k, v, scale=scale, dtype=dtype, **mask_args)[0].to(q.dtype)
     if backend == "sdpa":
         return sdpa_attention(q, k, v, rule, scale)
-    if backend == "tiles":
-        return forward_op(q, k, v, causal, window, scale, [128, 128], backend, *rule[2:])[0]
-    raise ValueError(f"backend is {backend!r}, but must be one of auto, tiles, sdpa, reference.")
+    if backend in ("tiles", "triton"):
+        return forward_op(q, k, v, *operator_arguments(q, k, v, rule, scale, params, backend))[0]
+    raise ValueError(f"backend is {backend!r}, but must be one of auto, triton, tiles, sdpa, reference.")
