@@ -8,9 +8,14 @@ vocabulary; softmax turns them into p(x_{t+1} | x_1 .. x_t). This file builds it
 Attention lets a place look at the places before it, the feed-forward network (ffn) works on each place alone, and
 their sum x, the residual stream, is the only road between them.
 
-    python model.py                                   # every preset: parameters, FLOPs per token, training memory
-    python model.py --preset gpt2-xl                  # one preset, part by part
-    python model.py --preset 7b --batch_size 1        # the same for another batch
+    python model.py                                # every preset: parameters, FLOPs per token, training memory
+    python model.py --preset 7b --batch_size 1     # one preset, part by part in exact numbers
+
+The first prints, among others,
+
+    FLOPs per token of the forward pass (training: 3 times as many)
+    preset       projections  attention    ffn   head  total
+    baseline           8.39M       2.1M  16.5M  10.2M  37.2M
 
 Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/value heads, D head dimension,
 C d_model, F d_ff, V vocabulary.
@@ -90,10 +95,7 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{heads} is not divisible by num_kv_heads {self.num_kv_heads}: choose a divisor of it")
         if self.pos == "rope" and self.head_dim % 2:
-            raise ValueError(
-                f"d_model {self.d_model} / {heads} = {self.head_dim} is odd: pos rope turns pairs of numbers, "
-                "choose an even head dimension or pos none"
-            )
+            raise ValueError(f"d_model {self.d_model} / {heads} = {self.head_dim} is odd: pos rope needs pairs")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
         if not 0 <= self.dropout < 1:
@@ -109,28 +111,23 @@ def require_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
 
 
-def preset(vocab_size: int, context_length: int, num_layers: int, num_heads: int, d_model: int, **more) -> dict:
-    """One row of the table below, as keyword arguments of ModelConfig."""
-    return dict(vocab_size=vocab_size, context_length=context_length, d_model=d_model, num_layers=num_layers,
-                num_heads=num_heads, **more)
-
+GPT2 = dict(vocab_size=50_257, context_length=1_024)
 
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
-# rotary and the feed-forward network is gated. 124m and 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
+# rotary and the feed-forward network is gated. 124m and 350m also tie the embeddings, as it does. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
-    # name           V   context layers H  C
-    "laptop": preset(2_048, 256, 4, 4, 128),
-    "baseline": preset(10_000, 256, 4, 16, 512),
-    "gpt2-small": preset(50_257, 1_024, 12, 12, 768),
-    "gpt2-medium": preset(50_257, 1_024, 24, 16, 1_024),
-    "gpt2-large": preset(50_257, 1_024, 36, 20, 1_280),
-    "gpt2-xl": preset(50_257, 1_024, 48, 25, 1_600),
-    "10m": preset(2_048, 512, 3, 4, 512, tie_embeddings=True),
-    "41m": preset(50_257, 1_024, 5, 8, 512, tie_embeddings=True),
-    "124m": preset(50_257, 1_024, 12, 12, 768, tie_embeddings=True),
-    "350m": preset(50_257, 1_024, 24, 16, 1_024, tie_embeddings=True),
-    "1b": preset(32_000, 2_048, 22, 32, 2_048, num_kv_heads=4),
-    "7b": preset(32_000, 4_096, 32, 32, 4_096, d_ff=11_008),
+    "laptop": dict(vocab_size=2_048, context_length=256, d_model=128, num_layers=4, num_heads=4),
+    "baseline": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16),
+    "gpt2-small": dict(GPT2, d_model=768, num_layers=12, num_heads=12),
+    "gpt2-medium": dict(GPT2, d_model=1_024, num_layers=24, num_heads=16),
+    "gpt2-large": dict(GPT2, d_model=1_280, num_layers=36, num_heads=20),
+    "gpt2-xl": dict(GPT2, d_model=1_600, num_layers=48, num_heads=25),
+    "10m": dict(vocab_size=2_048, context_length=512, d_model=512, num_layers=3, num_heads=4, tie_embeddings=True),
+    "41m": dict(GPT2, d_model=512, num_layers=5, num_heads=8, tie_embeddings=True),
+    "124m": dict(GPT2, d_model=768, num_layers=12, num_heads=12, tie_embeddings=True),
+    "350m": dict(GPT2, d_model=1_024, num_layers=24, num_heads=16, tie_embeddings=True),
+    "1b": dict(vocab_size=32_000, context_length=2_048, d_model=2_048, num_layers=22, num_heads=32, num_kv_heads=4),
+    "7b": dict(vocab_size=32_000, context_length=4_096, d_model=4_096, num_layers=32, num_heads=32, d_ff=11_008),
 }
 
 # --- 2. The functions: softmax, silu, attention by its definition ---
@@ -324,12 +321,7 @@ def attention_mask(
     return mask[:, None]  # (1 or B, 1, T, S)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q (B, H, T, D), k (B, G, S, D), v (B, G, S, D)) -> (B, H, T, D)
-
-
-def repeat_kv_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, G, S, D) -> (B, H, S, D): key/value head g serves the query heads g * H/G .. (g + 1) * H/G - 1."""
-    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
 
 
 def make_attention(
@@ -357,14 +349,14 @@ def make_attention(
     mask = attention_mask(positions, segment_ids, kv_positions, kv_segment_ids)  # (1 or B, 1, T, S)
 
     def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = repeat_kv_heads(k, q.shape[1]), repeat_kv_heads(v, q.shape[1])  # (B, H, S, D)
+        # Key/value head g serves the query heads g * H/G to (g + 1) * H/G - 1.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
         return scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
 
+    # subtle: what a query without keys gets is left to each fused kernel. It is shown all keys, and cleared after.
+    blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
+
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if segment_ids is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, D)
-        # subtle: what becomes of a query without keys is left to each kernel; let it see all, and clear it after.
-        blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, enable_gqa=True)  # (B, H, T, D)
         return out.masked_fill(blind, 0.0)
 
@@ -399,7 +391,6 @@ class KVCache:
         self.values = torch.empty_like(self.keys)  # (num_layers, B, G, context_length, D)
         self.positions = torch.zeros(batch_size, config.context_length, dtype=torch.long, device=device)
         self.segment_ids = torch.zeros_like(self.positions)  # (B, context_length)
-        self.next_positions = self.positions.new_zeros(batch_size, 1)  # how many real tokens each row has read
         self.length = 0
 
     def bytes_per_token(self) -> int:
@@ -410,7 +401,6 @@ class KVCache:
     def reset(self) -> None:
         """Forget all tokens and keep the memory."""
         self.length = 0
-        self.next_positions.zero_()
 
     def reserve(self, num_rows: int, num_tokens: int, positions: Tensor | None, segment_ids: Tensor | None) -> None:
         """Note position and segment of `num_tokens` more tokens; what is not given continues the row, as segment 0."""
@@ -421,15 +411,12 @@ class KVCache:
             more = f"holds {self.length} tokens and cannot take {num_tokens} more"
             raise ValueError(f"the cache {more}, the context length is {capacity}: reset it and read the end again")
         new = slice(self.length, self.length + num_tokens)
-        self.length += num_tokens
         self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
-        if positions is None:
-            counts = (self.segment_ids[:, new] != PADDING_SEGMENT_ID).cumsum(dim=1)  # (B, T)
-            positions = (self.next_positions + counts - 1).clamp(min=0)  # padding before the first token: any position
-            self.next_positions = self.next_positions + counts[:, -1:]  # (B, 1)
-        else:
-            self.next_positions = torch.atleast_2d(positions)[:, -1:].expand(batch_size, 1) + 1
+        if positions is None:  # padding in front keeps the position -1, where nobody looks, so that a text starts at 0
+            last = self.positions[:, self.length - 1 : self.length] if self.length else -1  # (B, 1)
+            positions = last + (self.segment_ids[:, new] != PADDING_SEGMENT_ID).cumsum(dim=1)  # (B, T)
         self.positions[:, new] = positions  # (B, T)
+        self.length += num_tokens
 
     def wrap(self, layer: int, attend: Attend) -> Attend:
         """`attend` for this layer, over all tokens so far: writes k and v into the slots reserved last before it."""
@@ -687,16 +674,17 @@ def compact(number: float) -> str:
 
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: all presets in a line each, or one preset part by part with exact numbers."""
+    length = dict(context_length=context_length)
     accounts = {
-        "Parameters": lambda config, context_length: count_parameters(config),
-        "FLOPs per token of the forward pass (training: 3 times as many)": flops_per_token,
-        f"Bytes of a float32 training step, batch_size {batch_size}": partial(training_memory, batch_size=batch_size),
+        "Parameters": count_parameters,
+        "FLOPs per token of the forward pass (training: 3 times as many)": partial(flops_per_token, **length),
+        f"Bytes of a float32 training step, batch_size {batch_size} (B: 10^9)":
+            partial(training_memory, batch_size=batch_size, **length),
     }
     for title, account in accounts.items():
         rows = []
         for name in names:
-            config = ModelConfig(**PRESETS[name])
-            parts = account(config, context_length=context_length)
+            parts = account(ModelConfig(**PRESETS[name]))
             parts["total"] = sum(parts.values())
             if len(names) == 1:
                 rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]

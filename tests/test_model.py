@@ -440,7 +440,7 @@ def test_batch_of_prompts_of_different_lengths(switches, attention):
     next_ids = model(ids, segment_ids=segment_ids, cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
     for step in range(20):
         prompts = [torch.cat([prompt, new]) for prompt, new in zip(prompts, next_ids)]
-        assert cache.next_positions.flatten().tolist() == [3 + step, 12 + step, 1 + step]
+        assert cache.positions[:, cache.length - 1].tolist() == [2 + step, 11 + step, step]
         logits = model(next_ids, cache=cache)[:, -1]
         expected = torch.stack([model(prompt[None])[0, -1] for prompt in prompts])
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
@@ -456,8 +456,8 @@ def test_cache_with_explicit_positions_and_documents():
     segment_ids = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0])
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
     model(ids[:, :7], positions=positions[:7], segment_ids=segment_ids[:7], cache=cache)
-    assert cache.next_positions.tolist() == [[3], [3]]
     got = model(ids[:, 7:], cache=cache)
+    assert cache.positions[:, :9].tolist() == [positions.tolist()] * 2
     torch.testing.assert_close(got, model(ids[:, 4:])[:, 3:], atol=1e-5, rtol=1e-4)
 
 
@@ -621,6 +621,8 @@ def test_tables(capsys):
     main([])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
+    shown = model_file.__doc__.partition("among others,\n\n")[2].partition("\n\n")[0].splitlines()
+    assert len(shown) == 3 and {line.strip() for line in shown} <= set(lines), "the docstring shows real output"
     for name in PRESETS:
         assert sum(line.startswith(f"{name} ") for line in lines) == 3, name
     main(["--preset", "baseline", "--batch_size", "3", "--context_length", "100"])
