@@ -34,14 +34,17 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import errno
+import functools
 import hashlib
 import heapq
 import http.client
 import itertools
 import json
+import math
 import mmap
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -850,6 +853,329 @@ def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer) -> np.ndarray
 
 
 # --- 8. A built-in corpus: stories ---
+# Children's stories of about a hundred words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
+# row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
+#   name = red blue dark_green     a list of words (`_` is a space)       name: row | row     a list of phrases
+#   who/his = Lily/her Tom/his     columns, drawn together                (x|y|)              a rule without a name
+#   {trait2}  another draw from `trait`, never the same row twice         {He} {a trait}      capital letter, a or an
+# So the probability of a story is a product of 1/n, one factor a draw, and its logarithm is known exactly.
+
+GRAMMAR = """
+story: {open} {plot}
+plot: {lost} | {broken} | {noise} | {trouble} | {quarrel} | {gift}
+open: {once} {a trait}, {trait2} {child} {called} {hero} lived in {a look} {home} {near} {a look2} {place}. {like}
+once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north, |
+    Down south,
+  | Over the sea, | Out west, | Last year,
+like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}.
+  | {He} had {a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.
+meet: {then} came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so {sad}?"
+then = Along Soon Then Up By_and_by
+day: One {weather} {daytime}
+feast: They {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.
+ever: From then on, | After that, | Ever after, | Afterwards,
+
+lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because {loss}. {He} looked
+    {near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3}
+    {junk3}. {meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5}
+    {spot4}. "{hooray}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.
+loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff}
+  | the {bag} was (much|far) too full/checked the {bag} every {weekday}
+  | nobody had closed the {bag}/closed the {bag} {adverb2}
+  | the {strap} of the {bag} broke/never used {a state4} {strap} again
+  | {a scary} {thief} took it/gave the {thief} {taste4} {treat4} every {weekday}
+  | a {gale} blew it away/stayed at home in every {gale} | the (road|path) was so bumpy/took the road by the {place3}
+
+broken: {hero} had {a quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2}
+    and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
+    {adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and
+    mended the {part}. "{hooray}!" {cried} {hero}, and gave them {taste2} {treat2} and {taste3} {treat3}. {ever} {he}
+    {mend}.
+damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture}
+  | it stood in the {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy}
+  | nobody had oiled it/oiled the {part} every {weekday}
+  | {a state3} screw was (loose|missing)/checked the screws {adverb2}
+  | the frost cracked it/kept the {toy} in {a colour5} blanket
+  | {a trait6} {thief} chewed it/hid the {toy} from every {thief}
+wet = rain snow mud sun
+gale = storm gale whirlwind hurricane blizzard breeze
+
+noise: {day2} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
+    {monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so
+    {sad}?" {asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept}
+    {adverb} past {a state2} {furniture}, {a look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no
+    {monster}, only {source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3}
+    {treat3} in bed, and {hero} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.
+day2: One {weather}
+sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2}
+  | tap/a branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2}
+  | buzz/a bee in a {container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4}
+  | flap/{a colour3} curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket
+  | tick/an old clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea
+  | thump/a ball on the stairs/put it in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4}
+  | hoot/an owl in a {container}/waved to it {adverb2} | plop/a frog in a {container}/carried it to the {place3}
+  | rustle/a hedgehog in a {container}/led it to the {place3} | clang/a pan on a hook/took it down {adverb2}
+
+trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
+    {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
+    {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}.
+    {feast} That {evening} {his} {trait6} {relative} saw the {thing}. "{pet} gave it to me, because I helped when
+    {problem}," {beamed} {hero}.
+evening = evening night
+problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch
+  | the (wind|storm) took the {den}/built one by the {spot}
+  | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4}
+  | the (fire|lamp) in the {den} went out/lit {a quality2} lamp
+  | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a state3} {container}
+  | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of {stuff2}
+  | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2}
+
+quarrel: {His} best friend was {pet}, {a trait4} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4} {spot},
+    they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}. "No,
+    mine!" {snapped2} {pet}. {hero} took it home and tried {hobby2} and {hobby3}, but felt {sad}. So {he} packed
+    {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took it, because
+    {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5} {spot2}. {ever} they
+    could {use} the {thing} every {weekday}.
+reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5} {royal} had
+    made it
+  | it looked so {quality2} | it was as {colour3} as {gem} | it came from {a look3} {place3}
+
+gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
+    {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {he} took
+    {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb} until {late}.
+    {day2} {weekday} {he} {went} to {pet} with the {thing} in {a state3} {container}. "I made it, because {spent},"
+    {said} {hero}. "{hooray}! I can {use} it every {weekday2}," {cried} {pet}. {feast} {ever} {he} {save}.
+late = noon dusk dark midnight sunset supper dinner
+spent/save: the money went on {a look4} {garment3}/bought no {garment3} again
+  | {a scary} {thief} took the money/hid it from every {thief}
+  | the coins fell down {a look4} drain/kept coins in {a state4} {container}
+  | the money went to {a trait5} {worker}/did the work of the {worker}
+  | the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
+
+hero/child/he/his/him = {girl}/girl/she/her/her {boy}/boy/he/his/him
+girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella Elsie Emma Eva Fay Flora Gwen Hana Holly Ida
+  Iris Isla Jane Jill Josie June Kate Kim Lena Lily Lola Lucy Mabel Maya Meg Mia Molly Nell Nina Nora Penny Polly Rosa
+  Ruby Sally Sara Sofia Sue Tess Tina Una Vera Wendy Yara Zoe Zuri
+boy = Adam Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian
+  Ivan Jack Jake Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete
+  Ravi Rob Sam Ted Theo Tim Tom Toby Victor Will Yusuf Zac
+pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern Fidget Fluff Fudge Ginger Inky Jelly Maple Mitten
+  Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle Pip Plum Raisin Rusty Scout Smudge Snowy Speck
+  Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy Zippy
+animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony donkey
+  goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket weasel
+  moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse gecko
+trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet funny
+  sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy jolly
+  wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty chatty
+  earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump quick
+  rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany
+look = crooked narrow mossy dark sunny ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious
+  pleasant deserted crowded huge small large haunted cosy dreary secret remote popular bleak spotless wide tall cold
+  unknown frosty snowy foggy dusty quaint colossal damp misty low vast windy leafy muddy private public sandy simple
+  stately silvery stony ruined rosy royal draughty grim mighty wild lovely exotic rustic humble ugly odd
+home = house cottage cabin farmhouse lighthouse windmill caravan tower bungalow hut mill inn barn houseboat castle tent
+  palace lodge villa chalet mansion shed bakery treehouse igloo wigwam
+near = near by beside behind
+place = river orchard beach forest meadow lake market harbour station hill park pond library farm zoo island cave bridge
+  field vineyard school church museum canal quarry marsh theatre airport circus waterfall playground village valley
+  swamp mountain desert jungle hospital chapel monastery volcano glacier moor racetrack
+weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly crisp mild glorious golden wet
+  sweltering blustery bright dull fine humid hazy freezing scorching
+daytime = morning afternoon Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+weekday = Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher godmother stepfather
+  nephew niece nanny
+number = two three four five six seven eight
+siblings = brothers sisters cousins goldfish hamsters hens sheep canaries ponies rabbits tortoises aunts uncles spaniels
+  poodles geese cats dogs twins pigs owls mice goats nieces
+loved = loved liked enjoyed
+hobby = painting singing dancing swimming reading baking knitting drawing cycling fishing gardening sewing skating
+  sailing juggling hiking acting cooking camping sledging stargazing rowing wrestling yodelling carving daydreaming
+  exploring inventing counting humming gossiping weaving surfing skiing pottery chess hopscotch tennis football cricket
+  golf ballet archery poetry hockey karate art darts drama history judo jokes maths music puppets riddles rugby science
+  tag yoga
+colour = red blue green purple orange pink brown black white violet turquoise crimson scarlet lilac maroon beige silver
+  emerald striped spotted yellow tartan mauve bronze navy amber indigo coral ivory checked grey golden tan teal lime
+  rose plum ruby khaki cream
+garment = coat hat scarf jacket jumper cap cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan
+  waistcoat hood tunic sash collar bandana kerchief nightcap overcoat robe parka anorak blazer turban headband belt
+  pullover sunhat fleece jersey bow_tie
+went = went walked ran hurried strolled wandered skipped marched raced cycled
+thing/use = kite/fly drum/beat ball/bounce book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll
+  puzzle/solve map/follow coin/spend marble/flick telescope/aim hammer/swing compass/consult clock/wind lamp/light
+  umbrella/open mirror/polish jigsaw/finish guitar/strum balloon/hold locket/unlock medal/show necklace/admire
+  torch/shine boomerang/throw scooter/ride wagon/pull rocket/launch trumpet/blow magnet/test pencil/sharpen camera/use
+  basket/fill pillow/squeeze rattle/shake puppet/move sledge/steer carpet/unroll ladder/climb cup/drink_from
+  chair/sit_on pen/write_with
+quality = shiny little new bright tiny beautiful handsome polished precious splendid fancy dazzling glittering elegant
+  pretty smooth lovely marvellous remarkable peculiar heavy rare sturdy colourful perfect strange foreign gorgeous
+  charming wonderful unusual modern glossy wooden painted curious gleaming delicate exquisite fine dear neat magic
+  costly jolly lucky special sparkly stylish superb valuable solid slender charmed clean
+sad = sad upset gloomy worried miserable unhappy lonely glum troubled sorrowful tearful downcast anxious pale silent
+  dejected mournful wretched fretful sulky forlorn wistful heartbroken flustered crestfallen melancholy cross bitter
+treat = pancakes waffles soup toast honey jam biscuits porridge cherries plums pears strawberries raspberries
+  blueberries noodles dumplings pies buns cookies doughnuts custard jelly pudding cheese popcorn nuts sandwiches tarts
+  cakes lemonade cocoa milk juice tea cider bread butter salad rice beans sausages omelettes crackers pretzels peaches
+  apricots raisins marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts gingerbread lasagne curry stew
+taste = warm sweet fresh creamy fruity tasty cold yummy plain salty tangy rich chilled delicious homemade spicy leftover
+  heavenly peppery minty lemony gingery smoky nutty honeyed buttery thin thick light dark bitter bland French Greek
+  Italian Turkish Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour pale soft
+stuff = glue string tape wire ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin foil canvas
+  cork paste wood cloth paper silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud paint satin
+  tweed twine yarn
+tool = saw brush spanner chisel needle file drill axe knife ruler spade rake shovel hook trowel whisk screwdriver
+  crowbar sieve pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack lever net pick pin plane
+  sponge vice wedge winch pulley
+adverb = slowly quietly carefully eagerly calmly bravely patiently cheerfully hopefully busily nervously politely wisely
+  happily gladly firmly gracefully stubbornly sensibly proudly solemnly dreamily promptly gently softly shyly boldly
+  kindly swiftly secretly earnestly faithfully briskly cleverly coolly daintily deftly fondly freely humbly keenly
+  merrily neatly nimbly readily silently smartly steadily tenderly warmly
+spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing statue table haystack wall woodpile willow
+  chestnut fountain signpost boulder birch pump trough henhouse greenhouse lilac lamppost thornbush stump scarecrow
+  birdbath sundial beehive maple hammock flagpole wheelbarrow
+state = rusty muddy dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly
+  stained spare sticky weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet
+  oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty used drab
+junk = boot spoon bottle brick button comb fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble
+  tyre wheel chain doorknob colander cog anchor flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet
+  pulley tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop dish clog
+bag = bag pocket basket purse suitcase satchel rucksack backpack knapsack
+strap = strap handle string buckle clasp
+thief = magpie fox jackdaw monkey crow raccoon rat pirate goblin burglar
+toy/part = wagon/wheel bicycle/chain swing/seat boat/mast robot/arm umbrella/rib tent/pole doll/head puppet/leg
+  clock/spring piano/pedal windmill/blade guitar/neck kite/tail scooter/brake lamp/switch drum/skin dollhouse/roof
+  carousel/horse telescope/lens violin/bow wheelchair/brake
+beast = cow pig elephant goat bull sheep horse camel hippo walrus moose llama
+worker = carpenter blacksmith baker farmer fisherman tailor miller sailor painter plumber doctor postman potter cobbler
+  jeweller mechanic gardener builder miner shepherd captain librarian woodcutter locksmith juggler
+furniture = table wardrobe sofa cupboard bookcase desk stool armchair dresser cradle mattress bathtub stove shelf piano
+  fireplace sideboard hatstand
+room = attic cellar kitchen hall pantry bathroom garage workshop hallway laundry nursery parlour
+scary = hairy giant slimy fierce wicked horrible terrible frightening awful dreadful monstrous gigantic ghastly
+monster = dragon ghost ogre witch troll vampire wolf crocodile wizard spider robber python tiger skeleton
+feature = teeth eyes claws ears horns fangs feet wings toes whiskers eyebrows elbows spikes scales nostrils
+lamp = lamp candle lantern torch
+crept = crept tiptoed sneaked crawled
+container = bucket box jar pot tub bowl chest tin drawer pail barrel vase
+den = den nest burrow tunnel hut treehouse
+gem = diamonds rubies emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire jewels
+royal = king queen prince princess emperor knight duke
+asked = asked wondered enquired
+said = said replied answered whispered sighed murmured sniffed mumbled admitted groaned sobbed muttered
+beamed = said beamed smiled answered replied laughed explained declared chuckled grinned
+snapped = snapped shouted yelled cried growled hissed called screamed
+cried = cried shouted laughed cheered exclaimed sang squealed called yelled giggled
+hooray = Hooray Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb
+  Great Super Amazing
+shared = shared ate had
+called = called named
+size = big small wide long nasty secret
+"""
+
+
+Cell = str | tuple  # a word, or a tuple of text and (form, name) slots
+
+
+@functools.cache
+def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
+    """Compile the grammar: the name in a slot -> (all columns drawn with it, rows, key of the rows already taken)."""
+    lines = {}
+    for head, kind, body in re.findall(r"^(\S+?)(:| =)((?: .*\n)+)", GRAMMAR, re.M):
+        body = " ".join(body.split())
+        while kind == ":" and (group := re.search(r"\(([^()]*)\)", body)):  # (x|y|) becomes a rule of its own
+            lines[name := f"{len(lines)}~"] = group[1].split("|")
+            body = f"{body[:group.start()]}{{{name}}}{body[group.end():]}"
+        lines[head] = body.split(" | ") if kind == ":" else [word.replace("_", " ") for word in body.split()]
+
+    def cell(text: str) -> Cell:
+        pieces = re.split(r"\{(.*?)\}", text)
+        slots = [(form, name.lower()) if form else ("A" if name[0].isupper() else "", name.lower())
+                 for form, _, name in (slot.rpartition(" ") for slot in pieces[1::2])]
+        parts = [part for pair in zip(pieces[::2], [*slots, ""]) for part in pair if part]
+        return tuple(parts) if slots else text
+
+    rules = {}
+    for head, rows in lines.items():
+        columns, rows = head.split("/"), [tuple(map(cell, row.split("/"))) for row in rows]
+        for name in columns:
+            for suffix in ("", *"23456"):
+                rules[name + suffix] = [column + suffix for column in columns], rows, (head,)
+    return rules
+
+
+def _say(form: str, word: str) -> str:
+    """The word as the slot wants it: with its article (form a), with a capital letter (form A), or as it is."""
+    if form == "a":
+        return ("an " if word[0] in "aeiou" else "a ") + word
+    return word[0].upper() + word[1:] if form == "A" else word
+
+
+def _write(parts: tuple, memory: dict, draw) -> tuple[str, float]:
+    """Spell out `parts`, drawing what `memory` does not hold yet: the text and -log p of the draws."""
+    text, nats = [], 0.0
+    for part in parts:
+        if isinstance(part, str):
+            text.append(part)
+            continue
+        form, name = part
+        if name not in memory:
+            columns, rows, taken = _rules()[name]
+            used = memory.get(taken, ())
+            while (row := rows[int(draw() * len(rows))]) in used:
+                pass
+            nats += math.log(len(rows) - len(used))
+            memory.update(zip(columns, row))
+            memory[taken] = (*used, row)
+        value = memory[name]
+        if isinstance(value, tuple):
+            value, more = _write(value, memory, draw)
+            nats += more
+        text.append(_say(form, value) if form else value)
+    return "".join(text), nats
+
+
+def _read(text: str) -> Iterator[float]:
+    """-log p of every derivation of `text`: the same walk, but it follows each row that agrees with the text."""
+    stack = [((("", "story"), ()), 0, {}, 0.0)]  # (what is still to be read, from where, memory, nats so far)
+    while stack:
+        todo, at, memory, nats = stack.pop()
+        while todo:
+            part, todo = todo
+            if isinstance(part, str):
+                if not text.startswith(part, at):
+                    break
+                at += len(part)
+            elif (value := memory.get(part[1])) is None:
+                columns, rows, taken = _rules()[part[1]]
+                used = memory.get(taken, ())
+                nats += math.log(len(rows) - len(used))
+                for row in rows:
+                    value = row[columns.index(part[1])]
+                    if row not in used and (isinstance(value, tuple) or text.startswith(_say(part[0], value), at)):
+                        stack.append(((part, todo), at, memory | dict(zip(columns, row)) | {taken: (*used, row)}, nats))
+                break
+            elif isinstance(value, str):
+                todo = (_say(part[0], value), todo)
+            else:
+                for piece in reversed(value):
+                    todo = (piece, todo)
+        else:
+            if at == len(text):
+                yield nats
+
+
+def stories(seed: int, first: int = 0) -> Iterator[str]:
+    """Stories number `first`, first + 1, ... of a seed, without end; each is a pure function of (seed, number)."""
+    for number in itertools.count(first):
+        yield _write((("", "story"),), {}, random.Random(f"{seed} {number}").random)[0]
+
+
+def story_nats(text: str) -> float:
+    """-log p of `text` under the grammar: what no model can beat on average. ValueError if it is not a story."""
+    for nats in _read(text):
+        return nats
+    raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
 
 
 # --- 9. Corpora: from a name to files ---
