@@ -1,35 +1,35 @@
 """Byte-pair encoding: how text becomes integers.
 
-A language model reads integers. Bytes would do (256 of them, no text can fail), but sequences would be long; words would
-be short, but there is no end of them. Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2)
-starts from the 256 bytes and again and again makes one new token of the most frequent pair of neighbouring tokens:
+A model reads integers. The 256 bytes would do, but make long sequences; words make short ones, but there is no end of
+words. Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2) stands between: it starts from
+the bytes and makes a new token of the pair of neighbours that is most frequent, again and again.
 
-    merges = []                                   training
+    merges = []                                  training
     until the vocabulary is full:
-        pair = the most frequent neighbours       (of equal counts, the greater pair of byte strings)
-        replace the pair everywhere by one new token; append it to merges
-    encoding: apply the same merges, in the same order, to a new text
+        pair = the most frequent neighbours      (of equal counts, the greater pair of byte strings)
+        make one token of it wherever it stands; append it to merges
+    for pair in merges: ...                      encoding a text: the same merges in the same order
 
-Copy one of these:
-
-    python bpe.py                                             trains on Python's own library, offline, in seconds
+    python bpe.py                                trains on Python's own library: no download, some seconds
     python bpe.py --input my.txt --vocab_size 4096 --out my_tokenizer
     python bpe.py --out my_tokenizer --show "How is this cut?"
-    python bpe.py --report                                    compares the tokenizers and corpora under data/
+    python bpe.py --report                       compares the tokenizers and corpora under data/
 
 Contents
     1. Pre-tokens: where a text may be cut
     2. Training: the definition
     3. Training: the same, faster
-    4. Long texts: chunks and worker processes
+    4. Long texts: chunks, workers, files
     5. Training on a file
     6. The tokenizer
     7. From text to token arrays
     8. A built-in corpus: stories
-    9. Corpora: from a name to files
-    10. The command line
+    9. A built-in corpus: arithmetic
+    10. Corpora: from a name to token arrays
+    11. The command line
 """
 
+import argparse
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
@@ -48,6 +48,8 @@ import random
 import re
 import signal
 import sys
+import sysconfig
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -55,51 +57,50 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
 
-END_OF_TEXT = "<|endoftext|>"  # stands between documents; the model learns that what follows it is another text
+END_OF_TEXT = "<|endoftext|>"  # stands behind each document; the model learns that another text follows
+Pair = tuple[bytes, bytes]
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that also says what to do. main() prints it and exits with 2."""
+    """A mistake of the user's, in one sentence that also says what to do. main() prints it and exits with 2."""
 
 
 # --- 1. Pre-tokens: where a text may be cut ---
 #
-# Merges never cross the border of a pre-token, roughly a word with the space before it. Without that rule "dog." and
-# "dog!" would become tokens of their own. The pattern is GPT-2's: contractions, letters, digits, other characters, and
-# white space, whose last character goes to the word that follows it.
+# A merge never crosses the border of a pre-token, roughly a word with the space before it; otherwise "dog." and "dog!"
+# would become tokens. The pattern is GPT-2's: contractions, letters, digits, other signs, and white space, whose last
+# space belongs to the word behind it.
 
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# The pattern costs most of the time, so a text is first cut more coarsely by Python's own faster `re`. No pre-token has
-# white space after anything else, so a run of white space always begins one: a piece is such a run and what follows.
-# subtle: re's \s also takes the separators \x1c to \x1f, which are no white space to `regex`, hence the list.
-WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-PIECE = re.compile(rf"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
+# The pattern takes most of the time. So a text is first cut more coarsely by Python's own, faster `re`, and a piece
+# that comes again is not cut again. White space after anything else always begins a pre-token: a piece is white space
+# and what follows. subtle: re's \s has \x1c to \x1f, which are no white space to `regex`; hence the list.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 
-# A border is a place where a pre-token begins whatever stands further left or right: the two characters beside it
-# suffice. Three places never are: inside white space, after white space, and behind an apostrophe ("'l" may become
-# "'ll"). Long texts are cut at borders and the parts treated alone, with the same result.
-BORDER = regex.compile(
-    r"(?<=\S)(?=\s)|(?<=\p{L})(?=[^\p{L}])|(?<=\p{N})(?=[^\p{N}])|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
-)
-LAST_BORDER = regex.compile("(?r)" + BORDER.pattern)  # the same, searched from the end
+# A border is a place where a pre-token begins, whatever stands further left or right: long texts are cut there and the
+# parts treated alone. Two characters prove it, except after white space (which may join what follows) and between an
+# apostrophe and a letter (which may be a contraction).
+BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
+FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
 
 
 def special_pattern(special_tokens: Iterable[str]) -> re.Pattern | None:
-    """What finds special tokens in a text, in one group so that split() keeps them; None if there are none.
+    """Finds special tokens, in a group so that split() keeps them; None when there are none.
 
     >>> special_pattern(["<|a|>", "<|a|><|b|>"]).split("x<|a|><|b|>y")
     ['x', '<|a|><|b|>', 'y']
     """
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
-        raise UserError("a special token cannot be the empty string: remove it from special_tokens")
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        raise UserError("a special token cannot be empty: leave it out of special_tokens")
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
@@ -110,10 +111,10 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     """
     specials = special_pattern(special_tokens)
     pieces: Counter[str] = Counter()
-    for part in specials.split(text)[::2] if specials else [text]:
+    for part in specials.split(text)[::2] if specials else [text]:  # every second part is a special token
         pieces.update(PIECE.findall(part))
     counts: defaultdict[str, int] = defaultdict(int)
-    for piece, count in pieces.items():  # each distinct piece meets the slow pattern once
+    for piece, count in pieces.items():
         for match in PRETOKEN.finditer(piece):
             counts[match.group()] += count
     return dict(counts)
@@ -130,107 +131,95 @@ def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
     """
     result, index = [], 0
     while index < len(symbols):
-        if symbols[index] == pair[0] and index + 1 < len(symbols) and symbols[index + 1] == pair[1]:
-            result.append(merged)
-            index += 2
-        else:
-            result.append(symbols[index])
-            index += 1
+        found = symbols[index] == pair[0] and index + 1 < len(symbols) and symbols[index + 1] == pair[1]
+        result.append(merged if found else symbols[index])
+        index += 2 if found else 1
     return result
 
 
-def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[tuple[bytes, bytes]]:
-    """The definition: count all pairs of all words anew for every merge. All else in this file must agree with it.
+def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
+    """The definition: for each merge, count all pairs of all words. The rest of this file must agree with it.
 
-    Counted at first: e s 9, s t 9, w e 8, ... The tie goes to "s t", the greater pair; then "e st" leads with 9.
-    Fewer merges than asked come back when no pair is left.
+    The counts begin with e s 9, s t 9, w e 8; the tie goes to the greater pair, s t. Then e st leads with 9.
+    Fewer merges come back when no pair is left.
 
     >>> counts = {"low": 5, "lower": 2, "widest": 3, "newest": 6}
     >>> [f"{left.decode()} {right.decode()}" for left, right in train_naive(counts, 12)]
     ['s t', 'e st', 'o w', 'l ow', 'w est', 'n e', 'ne west', 'w i', 'wi d', 'wid est', 'low e', 'lowe r']
     """
     words = {word: [bytes([byte]) for byte in word.encode("utf-8")] for word in word_counts}
-    merges = []
+    merges: list[Pair] = []
     for _ in range(num_merges):
-        pair_counts: Counter[tuple[bytes, bytes]] = Counter()
+        pair_counts: Counter[Pair] = Counter()
         for word, symbols in words.items():
             for pair in zip(symbols, symbols[1:]):
                 pair_counts[pair] += word_counts[word]
         if not pair_counts:
             break
-        # subtle: ties are compared as byte strings, not as token ids and not as GPT-2's printable stand-ins
-        most_frequent_pair = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
-        merged = most_frequent_pair[0] + most_frequent_pair[1]
-        words = {word: merge_pair(symbols, most_frequent_pair, merged) for word, symbols in words.items()}
-        merges.append(most_frequent_pair)
+        # subtle: ties compare byte strings, not token ids and not the printable characters of vocab.json
+        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
+        words = {word: merge_pair(symbols, best, best[0] + best[1]) for word, symbols in words.items()}
+        merges.append(best)
     return merges
 
 
 # --- 3. Training: the same, faster ---
 #
-# A merge changes only the words that hold the pair. So the counts are kept from merge to merge, corrected where a word
-# was rewritten, and the greatest one comes from a heap: a merge costs its own occurrences, not the whole text.
-
-FLIP = bytes(range(255, -1, -1))
+# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
+# and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
 
 
 def heap_order(token: bytes) -> str:
-    """A key that sorts byte strings from the greatest to the least, since heapq hands out the least first.
+    """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
 
-    Bytes are complemented; the character above all bytes at the end puts "ab" behind "abc".
+    Bytes are complemented; a last character above all bytes puts "ab" behind "abc".
 
     >>> sorted([b"a", b"ab", b"abc", b"b"], key=heap_order)
     [b'b', b'abc', b'ab', b'a']
     """
-    return token.translate(FLIP).decode("latin-1") + "\u0100"
+    return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
 
 
 def train_fast(
     word_counts: Mapping[str, int],
     num_merges: int,
-    known_merges: Sequence[tuple[bytes, bytes]] = (),
-    on_merge: Callable[[tuple[bytes, bytes], int], None] | None = None,
-) -> list[tuple[bytes, bytes]]:
-    """The merges of train_naive, at a cost that follows the changes.
+    known_merges: Sequence[Pair] = (),
+    on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
+) -> list[Pair]:
+    """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
 
-    known_merges: the first merges when an earlier run has found them already (merges are a prefix of longer trainings).
-    on_merge: called with each new pair and its count.
+    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
     """
     merges = list(known_merges)[:num_merges]
     tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
     ranks = merge_ranks(merges, {token: token_id for token_id, token in enumerate(tokens)})
     words = [apply_merges(list(word.encode("utf-8")), ranks) for word in word_counts]
-    counts = list(word_counts.values())
-    order = [heap_order(token) for token in tokens]
+    counts, order = list(word_counts.values()), [heap_order(token) for token in tokens]
 
     pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # a superset: words are not struck out
+    words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # may name words that hold it no more
     for index, symbols in enumerate(words):
         for pair in zip(symbols, symbols[1:]):
             pair_counts[pair] += counts[index]
-        for pair in set(zip(symbols, symbols[1:])):
             words_with[pair].append(index)
     heap = [(-count, order[left], order[right], left, right) for (left, right), count in pair_counts.items()]
     heapq.heapify(heap)
 
-    while len(merges) < num_merges and heap:
-        negative_count, _, _, left, right = heapq.heappop(heap)
+    while heap and len(merges) < num_merges:
+        old_count, _, _, left, right = heapq.heappop(heap)
         count = pair_counts[left, right]
-        if count != -negative_count:  # an old entry: the count has changed since
-            if 0 < count < -negative_count:
+        if count != -old_count:  # it has changed since: a count that rose has a newer entry, one that fell gets it now
+            if 0 < count < -old_count:
                 heapq.heappush(heap, (-count, order[left], order[right], left, right))
             continue
         merged = len(tokens)
+        merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         order.append(heap_order(tokens[merged]))
-        merges.append((tokens[left], tokens[right]))
-        if on_merge is not None:
-            on_merge(merges[-1], count)
-
+        on_merge(merges[-1], count)
         changes: defaultdict[tuple[int, int], int] = defaultdict(int)
         for index in words_with.pop((left, right)):
-            old = words[index]
-            new = merge_pair(old, (left, right), merged)
+            old, new = words[index], merge_pair(words[index], (left, right), merged)
             if len(new) == len(old):
                 continue
             words[index] = new
@@ -238,19 +227,16 @@ def train_fast(
                 changes[pair] -= counts[index]
             for pair in zip(new, new[1:]):
                 changes[pair] += counts[index]
-            for pair in set(zip(new, new[1:])):
-                if merged in pair:  # the other pairs of this word are on their lists already
+                if merged in pair:  # this word is on the lists of its other pairs already
                     words_with[pair].append(index)
         for pair, change in changes.items():
             pair_counts[pair] += change
-            if change > 0:  # a count that fell is corrected when its entry comes up
+            if change > 0:
                 heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
-            elif pair_counts[pair] == 0:
-                del pair_counts[pair]
     return merges
 
 
-def merge_ranks(merges: Iterable[tuple[bytes, bytes]], token_ids: Mapping[bytes, int]) -> dict:
+def merge_ranks(merges: Iterable[Pair], token_ids: Mapping[bytes, int]) -> dict[tuple[int, int], tuple[int, int]]:
     """(left id, right id) -> (rank of the merge, id of the merged token)"""
     ranks: dict[tuple[int, int], tuple[int, int]] = {}
     for rank, (left, right) in enumerate(merges):
@@ -259,188 +245,165 @@ def merge_ranks(merges: Iterable[tuple[bytes, bytes]], token_ids: Mapping[bytes,
 
 
 def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
-    """Encode one pre-token. The definition is `for pair in merges: symbols = merge_pair(symbols, pair, merged)`.
+    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
 
-    This gives the same, without asking every merge: a heap holds the pairs at hand by rank, then place. A merge makes two
-    new pairs, so n bytes cost n log n even for a run of 100,000 spaces.
+    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
+    so n bytes cost n log n, even a run of 100,000 spaces.
     """
     if not ranks or len(symbols) < 2:
         return symbols
     end = len(symbols)
-    following = list(range(1, end + 1))  # index of the next living symbol
-    preceding = list(range(-1, end - 1))
-    heap = []
-    for index, pair in enumerate(zip(symbols, symbols[1:])):
-        if pair in ranks:
-            heap.append((ranks[pair][0], index, pair))
+    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
+    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
     heapq.heapify(heap)
     while heap:
-        _, index, pair = heapq.heappop(heap)
-        right = following[index]
-        if right == end or symbols[index] != pair[0] or symbols[right] != pair[1]:
-            continue  # one of the two was merged with another neighbour in the meantime
-        symbols[index] = ranks[pair][1]
-        symbols[right] = -1
-        following[index] = after = following[right]
-        if after != end:
-            preceding[after] = index
-            new_pair = (symbols[index], symbols[after])
-            if new_pair in ranks:
-                heapq.heappush(heap, (ranks[new_pair][0], index, new_pair))
-        before = preceding[index]
-        if before >= 0:
-            new_pair = (symbols[before], symbols[index])
-            if new_pair in ranks:
-                heapq.heappush(heap, (ranks[new_pair][0], before, new_pair))
+        _, left, pair = heapq.heappop(heap)
+        right = after[left]
+        if right == end or (symbols[left], symbols[right]) != pair:
+            continue  # one of the two has meanwhile been merged with its other neighbour
+        symbols[left], symbols[right] = ranks[pair][1], -1
+        after[left] = after[right]
+        if after[left] < end:
+            before[after[left]] = left
+        for first, second in ((before[left], left), (left, after[left])):
+            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
+                heapq.heappush(heap, (ranks[pair][0], first, pair))
     return [symbol for symbol in symbols if symbol >= 0]
 
 
-# --- 4. Long texts: chunks and worker processes ---
+# --- 4. Long texts: chunks, workers, files ---
 
-CHUNK_BYTES = 4_000_000  # one task of a worker: some 0.3 s of work, some 100 MB of memory
+CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 
 
-def read_text(path: Path, start: int, end: int) -> str:
-    """Bytes start to end of a UTF-8 file. Read as bytes: text mode would change line ends, or use another encoding."""
+def text_size(path: str | os.PathLike) -> int:
+    """Bytes of a text file, or what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give the path of a text file") from None
+    if size == 0:
+        raise UserError(f"{path} is empty: give a file with text in it")
+    return size
+
+
+def read_text(path: str | os.PathLike, start: int, end: int) -> str:
+    """Bytes start to end of a UTF-8 file; text mode would change line ends or use the platform's own encoding."""
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(end - start)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte {start + error.start:,} is 0x{data[error.start]:02x}; convert the file first "
-            f"(for instance: iconv -f latin1 -t utf-8)"
-        ) from None
+        where = f"byte {start + error.start:,} is 0x{data[error.start]:02x}"
+        raise UserError(f"{path} is not UTF-8 text ({where}): convert it, as with iconv -f latin1 -t utf-8") from None
 
 
-def text_size(path: str | os.PathLike) -> int:
-    """Bytes of a text that can be used, or what is wrong with it in one sentence."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the path of a text file")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give the path of a text file")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path} cannot be read: change its permissions (chmod u+r) or give another file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: give a file with text in it")
-    return path.stat().st_size
+def chunks_of(path: str | os.PathLike, special_tokens: Sequence[str], num_bytes: int) -> list[tuple[int, int]]:
+    """(start, end) of parts of a file, about num_bytes long, that can be treated alone.
 
-
-def chunk_borders(path: Path, special_tokens: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> list[int]:
-    """Offsets [0, ..., size] that cut a file into parts, about chunk_bytes long, which can be treated alone.
-
-    A part begins at a special token or, where none is near, at a BORDER, and never within a special token.
+    A part begins at a special token or, where none is near, at a border; never within a special token.
     """
     size, window = text_size(path), 16_384
     pattern = special_pattern(special_tokens)
     specials = regex.compile(pattern.pattern) if pattern else None
     margin = max((len(token.encode("utf-8")) for token in special_tokens), default=0) + 4
-    borders, target = [0], chunk_bytes
+    borders, target = [0], num_bytes
     with open(path, "rb") as file:
         while target < size:
-            # The margins hold any special token that begins or ends in the window, and the whole of its first and last
-            # characters. Halves of characters beyond them survive decoding and encoding as "surrogates".
-            start = max(0, target - margin)
-            file.seek(start)
-            text = file.read(target - start + window + margin).decode("utf-8", errors="surrogateescape")
+            # The margins hold the whole of any special token and any character that stands at an end of the window.
+            # Halves of characters further out survive decoding and encoding as lone surrogates.
+            first = max(0, target - margin)
+            file.seek(first)
+            text = file.read(target - first + window + margin).decode("utf-8", errors="surrogateescape")
             spans = [match.span() for match in specials.finditer(text, overlapped=True)] if specials else []
-            within = {index for first, last in spans for index in range(first + 1, last)}
-            for index in [first for first, _ in spans] + [match.start() for match in BORDER.finditer(text)]:
-                offset = start + len(text[:index].encode("utf-8", errors="surrogateescape"))
+            within = {index for start, end in spans for index in range(start + 1, end)}
+            for index in [start for start, _ in spans] + [match.start() for match in FIRST_BORDER.finditer(text)]:
+                offset = first + len(text[:index].encode("utf-8", errors="surrogateescape"))
                 if target <= offset < min(target + window, size) and index not in within:
                     borders.append(offset)
-                    target = offset + chunk_bytes
+                    target = offset + num_bytes
                     break
             else:
                 target += window
-    return borders + [size]
-
-
-_SHARED: dict[str, Any] = {}  # in a worker: what all its tasks need, sent once and not with each of them
-
-
-def _start_worker(shared: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it then ends the workers
-    _SHARED["value"] = shared
-
-
-def _run_task(function: Callable, task: tuple) -> Any:
-    return function(_SHARED["value"], *task)
+    return list(zip(borders, borders[1:] + [size]))
 
 
 def parallel_map(function: Callable, shared: Any, tasks: Iterable[tuple], num_workers: int) -> Iterator[Any]:
-    """function(shared, *task) for each task, in order, at most two tasks a worker ahead of what was taken.
+    """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
 
-    With one worker everything happens here. A worker that dies is an error, not a hang.
+    A worker that dies is an error, not a hang. With one worker all happens in this process.
     """
     if num_workers <= 1:
         yield from (function(shared, *task) for task in tasks)
         return
-    tasks, waiting = iter(tasks), deque()
-    context = multiprocessing.get_context("spawn")  # fork is unsafe beside threads, which torch starts
+    tasks, context = iter(tasks), multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of torch
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (shared,))
+    # subtle: a spawned process first runs the caller's script again, up to `if __name__ == "__main__"`. Ours need only
+    # this file, and train.py would import torch in each of them, so the script's path is hidden while they start.
+    main = sys.modules["__main__"].__dict__
+    script = main.pop("__file__", None) if __name__ != "__main__" else None
     try:
-        with _without_main_script():
-            waiting.extend(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 2 * num_workers))
+        waiting = deque(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 2 * num_workers))
+    finally:
+        main.update({"__file__": script} if script else {})
+    try:
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 1))
     except concurrent.futures.process.BrokenProcessPool:
-        raise UserError(
-            f"one of {num_workers} worker processes died, perhaps for want of memory: run again with fewer, "
-            f"for instance --num_workers {max(1, num_workers // 2)}"
-        ) from None
+        fewer = max(1, num_workers // 2)
+        raise UserError(f"a worker process died, perhaps for want of memory: try --num_workers {fewer}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _without_main_script() -> Iterator[None]:
-    """A spawned worker first runs the caller's script again, up to `if __name__ == "__main__"`. Ours need only this file;
-    the detour would cost each of them an import of torch, so the script's path is hidden while they start."""
-    main = sys.modules["__main__"].__dict__
-    hidden = main.pop("__file__", None) if __name__ != "__main__" else None
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            main["__file__"] = hidden
+_SHARED: list[Any] = []  # in a worker: what all its tasks need, such as the tokenizer, sent once
 
 
-def default_num_workers() -> int:
-    """The processors this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _start_worker(shared: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    _SHARED.append(shared)
+
+
+def _run_task(function: Callable, task: tuple) -> Any:
+    return function(_SHARED[0], *task)
+
+
+def workers_for(num_tasks: int, num_workers: int | None) -> int:
+    """Processes worth starting for some tasks of CHUNK_BYTES; by default up to the processors this process may use."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_workers or processors, num_tasks) if num_tasks > 2 else 1
 
 
 class Progress:
-    """One line on stderr while something long runs: how much, how fast, how long still."""
+    """One line on stderr while something long runs: how much is done, how fast, how long it still takes."""
 
-    def __init__(self, what: str, total: int, unit: str = "MB", scale: float = 1e6, shown: bool = True) -> None:
-        self.what, self.total, self.unit, self.scale, self.shown = what, total, unit, scale, shown
-        self.started = self.printed = time.monotonic()
-        self.on_terminal = sys.stderr.isatty()
+    def __init__(self, what: str, total: int, unit: str = "MB", shown: bool = True) -> None:
+        self.what, self.unit, self.shown, self.terminal = what, unit, shown, sys.stderr.isatty()
+        self.scale = 1e6 if unit == "MB" else 1
+        self.total, self.started = total / self.scale, time.monotonic()
+        self.printed = self.started
 
     def update(self, done: int) -> None:
         now = time.monotonic()
-        if not self.shown or now - self.printed < (0.5 if self.on_terminal else 10):  # a log file gets fewer lines
-            return
-        self.printed = now
-        rate = done / (now - self.started)
-        left = f" | {(self.total - done) / rate:5.0f} s left" if rate > 0 else ""
-        line = f"{self.what:<24} {done / self.scale:10,.1f} of {self.total / self.scale:,.1f} {self.unit}"
-        line += f" | {rate / self.scale:8,.2f} {self.unit}/s{left}"
-        print(f"\r{line:<99}" if self.on_terminal else line, end="" if self.on_terminal else "\n", file=sys.stderr, flush=True)
+        if self.shown and now - self.printed > (0.5 if self.terminal else 10):  # fewer lines in a log file
+            self.printed, done = now, done / self.scale
+            rate = max(done, 1e-9) / (now - self.started)
+            line = f"{self.what:<20} {done:9,.1f} of {self.total:,.1f} {self.unit}, {rate:,.1f} a second, "
+            line += f"{(self.total - done) / rate:,.0f} s left"
+            line, end = (f"\r{line:<99}", "") if self.terminal else (line, "\n")
+            print(line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self.shown and self.on_terminal and self.printed > self.started:
-            print(f"\r{'':<99}\r", end="", file=sys.stderr, flush=True)
+        if self.terminal and self.printed > self.started:
+            print("\r" + " " * 99, end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
-    """Open a file that appears under its name only when it is complete; after an error nothing is left of it."""
+    """Open a file that gets its name when it is complete; after an error nothing is left of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -449,12 +412,28 @@ def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place, then run again"
-        ) from error
+        raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_json(path: Path, facts: dict) -> None:
+    with write_atomically(path) as file:
+        json.dump(facts, file, indent=1)
+
+
+def read_json(path: Path) -> dict:
+    """A small file of ours; nothing when it is missing or damaged, so that the stage that writes it runs again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def file_identity(path: Path) -> dict:
+    """Tells a changed text from an unchanged one without reading gigabytes."""
+    return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
 
 # --- 5. Training on a file ---
@@ -465,35 +444,35 @@ def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int)
 
 
 def count_words(
-    path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None, progress: bool = False
+    path: Path,
+    special_tokens: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
 ) -> dict[str, int]:
     """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text."""
-    borders = chunk_borders(path, special_tokens)
-    chunks = list(zip(borders, borders[1:]))
-    meter = Progress("counting words", borders[-1], shown=progress)
-    counts: Counter[str] = Counter()
-    results = parallel_map(
-        count_chunk, list(special_tokens), [(path, *chunk) for chunk in chunks], workers_for(chunks, num_workers)
-    )
-    for (_, end), chunk_counts in zip(chunks, results):
+    chunks = chunks_of(path, special_tokens, CHUNK_BYTES)
+    stored = read_json(cache) if cache else {}
+    counts, known = Counter(stored.get("counts", {})), stored.get("chunks", 0)
+    meter, saved = Progress("counting words", chunks[-1][1], shown=progress), time.monotonic()
+    tasks = [(path, *chunk) for chunk in chunks[known:]]
+    results = parallel_map(count_chunk, list(special_tokens), tasks, workers_for(len(tasks), num_workers))
+    for done, chunk_counts in enumerate(results, known + 1):
         counts.update(chunk_counts)
-        meter.update(end)
+        meter.update(chunks[done - 1][1])
+        if cache and (done == len(chunks) or time.monotonic() - saved > 60):
+            write_json(cache, {"chunks": done, "counts": counts})
+            saved = time.monotonic()
     meter.close()
     return counts
 
 
-def workers_for(chunks: Sequence, num_workers: int | None) -> int:
-    """Starting processes takes longer than treating one or two chunks here."""
-    return 1 if len(chunks) <= 2 else min(num_workers or default_num_workers(), len(chunks))
-
-
-def num_merges_for(vocab_size: int, special_tokens: Sequence[str]) -> int:
-    smallest = 256 + len(set(special_tokens))
-    if vocab_size < smallest:
-        raise UserError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {smallest - 256} special tokens need at least {smallest}"
-        )
-    return vocab_size - smallest
+def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
+    specials = len(set(special_tokens))
+    if vocab_size < 256 + specials:
+        raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {256 + specials}")
+    return vocab_size - 256 - specials
 
 
 def train_bpe(
@@ -502,60 +481,83 @@ def train_bpe(
     special_tokens: Sequence[str],
     *,
     num_workers: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
     progress: bool = False,
-    on_merge: Callable[[tuple[bytes, bytes], int], None] | None = None,
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Train on a UTF-8 text file; returns (vocab, merges), the merges in the order of their making.
+    on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
+    seconds: dict[str, float] | None = None,
+) -> tuple[dict[int, bytes], list[Pair]]:
+    """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
 
-    vocab_size counts everything: id b is byte b for the first 256, then one id a merge, then the special tokens. A text
-    too small for that many merges gives fewer, said in one line on stderr.
+    vocab_size counts all: id b is byte b, then comes an id for each merge, then the special tokens. A text too small
+    for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, under a hash
+    of the text: they serve every smaller vocab_size and a run after an interruption. seconds: the time of each stage.
     """
-    special_tokens = list(dict.fromkeys(special_tokens))
+    special_tokens, path = list(dict.fromkeys(special_tokens)), Path(input_path)
     num_merges = num_merges_for(vocab_size, special_tokens)
-    text_size(input_path)
-    counts = count_words(Path(input_path), special_tokens, num_workers=num_workers, progress=progress) if num_merges else {}
-    meter = Progress("merging pairs", num_merges, unit="merges", scale=1, shown=progress)
-    made = itertools.count(1)
-
-    def report(pair: tuple[bytes, bytes], count: int) -> None:
-        meter.update(next(made))
-        if on_merge is not None:
-            on_merge(pair, count)
-
-    merges = train_fast(counts, num_merges, on_merge=report)
-    meter.close()
+    text_size(path)
+    merges: list[Pair] = []
+    kept = counts_cache = None
+    if cache_dir is not None:
+        with open(path, "rb") as file:
+            key = hashlib.file_digest(file, "sha256")
+        key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
+        kept = Path(cache_dir) / f"{key.hexdigest()[:32]}.merges.txt"
+        counts_cache = kept.with_name(kept.name.replace("merges.txt", "counts.json"))
+        merges = _read_kept_merges(kept)
+    started = time.perf_counter()
     if len(merges) < num_merges:
-        print(
-            f"{input_path}: no pair is left after {len(merges):,} of {num_merges:,} merges; the vocabulary has "
-            f"{vocab_size - num_merges + len(merges):,} tokens instead of {vocab_size:,}",
-            file=sys.stderr,
-        )
+        counts = count_words(path, special_tokens, num_workers=num_workers, cache=counts_cache, progress=progress)
+        counted = time.perf_counter()
+        meter, number = Progress("merging pairs", num_merges, "merges", progress), itertools.count(len(merges) + 1)
+        with open(kept, "a", encoding="ascii", buffering=1) if kept else contextlib.nullcontext() as file:
+
+            def made(pair: Pair, count: int) -> None:
+                if file:
+                    file.write(f"{pair[0].hex()} {pair[1].hex()}\n")
+                meter.update(next(number))
+                on_merge(pair, count)
+
+            merges = train_fast(counts, num_merges, merges, made)
+        meter.close()
+        if seconds is not None:
+            seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
+    merges = merges[:num_merges]
+    if len(merges) < num_merges:
+        print(f"{path}: no pair is left after {len(merges):,} of {num_merges:,} merges", file=sys.stderr)
     vocab = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
-    vocab += [token for special in special_tokens if (token := special.encode("utf-8")) not in set(vocab)]
+    vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
+
+
+def _read_kept_merges(path: Path) -> list[Pair]:
+    """The merges of earlier trainings on the same text; a last line that a crash cut short is dropped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="ascii").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        os.truncate(path, sum(map(len, whole)))
+    return [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in (line.split(" ") for line in whole)]
 
 
 # --- 6. The tokenizer ---
 
 
 def printable_bytes() -> dict[int, str]:
-    """GPT-2's way to write bytes into text files: one printable character for each byte.
+    """GPT-2's characters for bytes in text files: printable ones stand for themselves, the other 68 are moved up.
 
-    Printable latin-1 characters stand for themselves, the other 68 bytes for the characters from 256 on.
-
-    >>> "".join(printable_bytes()[byte] for byte in b" a\\n")
-    'Ġa\u010a'
+    >>> "".join(printable_bytes()[byte] for byte in b"a b")
+    'aĠb'
     """
-    itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in itself]
-    return {byte: chr(byte) for byte in itself} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 class Tokenizer:
-    """Text to ids and back, with GPT-2's rules.
+    """Text to ids and back by GPT-2's rules.
 
     vocab: id -> bytes; merges: pairs of bytes in the order of their making; special_tokens: strings that are one token
-    each and never cut (the longest is tried first); those that the vocabulary lacks get the next free ids.
+    each, the longest tried first. Those that the vocabulary lacks get the next ids.
 
     >>> vocab = dict(enumerate([b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]))
     >>> merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
@@ -564,16 +566,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        vocab: Mapping[int, bytes],
-        merges: Iterable[tuple[bytes, bytes]],
-        special_tokens: Iterable[str] | None = None,
+        self, vocab: Mapping[int, bytes], merges: Iterable[Pair], special_tokens: Iterable[str] | None = None
     ) -> None:
-        self.vocab = dict(sorted(vocab.items()))
-        self.merges = [tuple(pair) for pair in merges]
+        self.vocab, self.merges = dict(sorted(vocab.items())), list(merges)
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
-        self._specials = special_pattern(self.special_tokens)
-        self.token_ids = {token: token_id for token_id, token in reversed(self.vocab.items())}
+        self.token_ids = {token: token_id for token_id, token in self.vocab.items()}
         for token in (special.encode("utf-8") for special in self.special_tokens):
             if token not in self.token_ids:
                 self.token_ids[token] = max(self.vocab, default=-1) + 1
@@ -582,12 +579,13 @@ class Tokenizer:
             for token in (left, right, left + right):
                 if token not in self.token_ids:
                     raise UserError(
-                        f"the merge {left!r} + {right!r} needs the token {token!r}, which the vocabulary lacks: vocabulary and "
-                        f"merges do not belong together, or one of them is damaged"
+                        f"the merge {left!r} {right!r} needs {token!r}, which the vocabulary lacks: the two files are "
+                        "not of one tokenizer, or damaged; restore them, or train the tokenizer anew"
                     )
         self._ranks = merge_ranks(self.merges, self.token_ids)
         self._byte_ids = [self.token_ids.get(bytes([byte])) for byte in range(256)]
-        self._ids_of_piece: dict[str, tuple[int, ...]] = {}
+        self._specials = special_pattern(self.special_tokens)
+        self._known: dict[str, tuple[int, ...]] = {}  # piece -> ids
 
     @property
     def vocab_size(self) -> int:
@@ -595,48 +593,34 @@ class Tokenizer:
         return max(self.vocab, default=-1) + 1
 
     def hash(self) -> str:
-        """SHA-256 of vocabulary, merges and special tokens: arrays and checkpoints remember it."""
-        content = [[[i, token.hex()] for i, token in sorted(self.vocab.items())]]
-        content += [[[left.hex(), right.hex()] for left, right in self.merges], self.special_tokens]
-        return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
-
-    # -- encoding --
+        """SHA-256 of all that decides the ids; token arrays and checkpoints remember it."""
+        vocab = [[token_id, token.hex()] for token_id, token in self.vocab.items()]
+        merges = [[left.hex(), right.hex()] for left, right in self.merges]
+        return hashlib.sha256(json.dumps([vocab, merges, self.special_tokens]).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; special tokens that stand in it become their ids."""
-        if self._specials is None:
-            return self._encode_ordinary(text)
-        ids = []
-        for place, part in enumerate(self._specials.split(text)):
+        ids: list[int] = []
+        for place, part in enumerate(self._specials.split(text) if self._specials else [text]):
             if place % 2:  # split() puts the special tokens at the odd places
                 ids.append(self.token_ids[part.encode("utf-8")])
-            else:
-                ids += self._encode_ordinary(part)
-        return ids
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        ids: list[int] = []
-        known = self._ids_of_piece  # texts repeat their words: nearly all pieces have been seen before
-        for piece in PIECE.findall(text):
-            ids += known[piece] if piece in known else self._encode_piece(piece)
+                continue
+            for piece in PIECE.findall(part):  # texts repeat themselves: nearly every piece is known
+                ids += self._known[piece] if piece in self._known else self._encode_piece(piece)
         return ids
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         ids: list[int] = []
         for match in PRETOKEN.finditer(piece):
-            try:
-                data = match.group().encode("utf-8")
-            except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
-                data = re.sub("[\ud800-\udfff]", "\ufffd", match.group()).encode("utf-8")
+            # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
+            data = re.sub("[\ud800-\udfff]", "\ufffd", match.group()).encode("utf-8")
             symbols = [self._byte_ids[byte] for byte in data]
             if None in symbols:
-                missing = data[symbols.index(None)]
-                raise UserError(f"this vocabulary has no token for the byte 0x{missing:02x} in {match.group()!r}")
+                raise UserError(f"this vocabulary lacks the byte 0x{data[symbols.index(None)]:02x} of {piece!r}")
             ids += apply_merges(symbols, self._ranks)
         if len(piece) <= 64:
-            if len(self._ids_of_piece) >= 200_000:  # some 50 MB; starting anew costs less than keeping track of age
-                self._ids_of_piece.clear()
-            self._ids_of_piece[piece] = tuple(ids)
+            if len(self._known) >= 200_000:  # some 50 MB; starting anew is cheaper than keeping track of age
+                self._known.clear()
+            self._known[piece] = tuple(ids)
         return tuple(ids)
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
@@ -648,140 +632,119 @@ class Tokenizer:
                 end = self._settled(text)
                 yield from self.encode(text[:end])
                 text = text[end:]
-                wanted = max(4096, 2 * len(text))  # or a long word that comes letter by letter would cost its square
+                wanted = max(4096, 2 * len(text))  # or one endless word in small strings would cost its square
         yield from self.encode(text)
 
     def _settled(self, text: str) -> int:
-        """How much of a text that may go on can be encoded now: up to its last border, or the end of a special token.
+        """How much of a text that may go on can be encoded now: to its last border, or to the end of a special token.
 
-        subtle: line by line would be wrong. In "a", two line ends, and then a third and "b", the first two are one token when
-        the text is seen whole, and "<|endof" may be the beginning of a special token, or of a longer one.
+        subtle: to encode line by line is wrong. The first two of three line ends are one token in GPT-2, and "<|endof"
+        may be the beginning of a special token, or of a longer one.
         """
-        undecided = len(text)
-        for special in self.special_tokens:
-            for length in range(min(len(special) - 1, len(text)), 0, -1):
-                if text.endswith(special[:length]):
-                    undecided = min(undecided, len(text) - length)
-                    break
-        end = 0
-        for match in self._specials.finditer(text) if self._specials else ():
-            if match.start() >= undecided:
-                break
-            end = match.end()
+        beginnings = (special[:length] for special in self.special_tokens for length in range(1, len(special)))
+        undecided = len(text) - max((len(part) for part in beginnings if text.endswith(part)), default=0)
+        found = self._specials.finditer(text) if self._specials else ()
+        end = max((match.end() for match in found if match.start() < undecided), default=0)
         border = LAST_BORDER.search(text, end, max(end, undecided))
-        return border.start() if border and border.start() > end else end
-
-    # -- decoding --
+        return border.start() if border else end
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids. Bytes that are no UTF-8, as when ids end within a character, become U+FFFD."""
+        """The text of some ids; bytes that are no UTF-8, as where ids end within a character, become U+FFFD."""
         try:
             return b"".join([self.vocab[int(token_id)] for token_id in ids]).decode("utf-8", errors="replace")
         except KeyError as error:
-            raise UserError(f"id {error} is not in this vocabulary of {len(self.vocab):,} tokens") from None
-
-    # -- files --
+            raise UserError(f"no token has the id {error}: this vocabulary ends at {self.vocab_size - 1}") from None
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write GPT-2's vocab.json and merges.txt, and tokenizer.json for the Hugging Face `tokenizers` package."""
         directory, character = Path(directory), printable_bytes()
-
-        def written(token: bytes) -> str:
-            return "".join(character[byte] for byte in token)
-
-        vocab = {written(token): token_id for token_id, token in sorted(self.vocab.items())}
-        if len(vocab) < len(self.vocab):
-            raise UserError("this vocabulary has the same bytes under several ids, which vocab.json cannot express")
-        merges = [[written(left), written(right)] for left, right in self.merges]
+        written = {token: "".join(character[byte] for byte in token) for token in self.vocab.values()}
+        if len(written) < len(self.vocab):
+            raise UserError("the same bytes have several ids here, which vocab.json cannot express")
+        vocab = {written[token]: token_id for token_id, token in self.vocab.items()}
+        merges = [(written[left], written[right]) for left, right in self.merges]
         specials = {self.token_ids[special.encode("utf-8")]: special for special in self.special_tokens}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         theirs = {
             "version": "1.0",
-            "added_tokens": [{"id": token_id, "content": special} | flags for token_id, special in sorted(specials.items())],
+            "added_tokens": [{"id": token_id, "content": text, **flags} for token_id, text in sorted(specials.items())],
             "normalizer": None,
             "pre_tokenizer": byte_level,
             "post_processor": None,
             "decoder": byte_level,
-            "model": {  # in this file special tokens are written as they are
+            "model": {  # here the special tokens stand as they are
                 "type": "BPE",
                 "vocab": {specials.get(token_id, token): token_id for token, token_id in vocab.items()},
                 "merges": merges,
             },
         }
-        with write_atomically(directory / "vocab.json") as file:
-            json.dump(vocab, file, ensure_ascii=False)
+        write_json(directory / "vocab.json", vocab)
         with write_atomically(directory / "merges.txt") as file:
             file.writelines(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
-        with write_atomically(directory / "tokenizer.json") as file:
-            json.dump(theirs, file, ensure_ascii=False, indent=1)
+        write_json(directory / "tokenizer.json", theirs)
 
     @classmethod
     def from_files(
-        cls,
-        vocab_path: str | os.PathLike,
-        merges_path: str | os.PathLike,
-        special_tokens: Iterable[str] | None = None,
+        cls, vocab_path: str | os.PathLike, merges_path: str | os.PathLike, special_tokens: Iterable[str] | None = None
     ) -> "Tokenizer":
-        """Read vocab.json and merges.txt, GPT-2's own or those of save()."""
+        """Read vocab.json and merges.txt, those of save() or GPT-2's own."""
         with _explained(vocab_path):
-            vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
+            vocab = _bytes_of(json.loads(Path(vocab_path).read_text(encoding="utf-8")))
         with _explained(merges_path):
             lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return cls(*_from_printable(vocab, vocab_path, pairs, merges_path), special_tokens)
+            merges = _pairs_of(line for line in lines if line and not line.startswith("#version"))
+        return cls(vocab, merges, special_tokens)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
-        """Read tokenizer.json, which also knows the special tokens: one of save(), or any plain byte-level BPE."""
+        """Read tokenizer.json with its special tokens: that of save(), or any plain byte-level BPE."""
         path = Path(directory) / "tokenizer.json"
         with _explained(path):
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            model, before = theirs["model"], theirs["pre_tokenizer"]
-            plain = model.get("type", "BPE") == "BPE" and theirs.get("normalizer") is None
-            plain &= before["type"] == "ByteLevel" and not before["add_prefix_space"] and before.get("use_regex", True)
-            if not plain:
-                raise UserError(f"{path} is not a plain byte-level BPE: only those without normalizer or prefix space load here")
-            vocab, specials = dict(model["vocab"]), [added["content"] for added in theirs["added_tokens"]]
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-            ids = {added["content"]: added["id"] for added in theirs["added_tokens"]}
-        for special in specials:
-            vocab.pop(special, None)
-        vocab, merges = _from_printable(vocab, path, pairs, path)
-        return cls(vocab | {ids[special]: special.encode("utf-8") for special in specials}, merges, specials)
+            model, splitter, added = theirs["model"], theirs["pre_tokenizer"] or {"type": None}, theirs["added_tokens"]
+            plain = {"BPE", "ByteLevel"} == {model.get("type", "BPE"), splitter["type"]} and not theirs["normalizer"]
+            if not plain or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
+                raise UserError(f"{path} is no plain byte-level BPE: one with a normalizer or splitter cannot be used")
+            specials = {token["id"]: token["content"] for token in added}
+            vocab = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
+            vocab = _bytes_of(vocab) | {token_id: special.encode("utf-8") for token_id, special in specials.items()}
+            merges = _pairs_of(model["merges"])
+        return cls(vocab, merges, specials.values())
 
 
 @contextlib.contextmanager
 def _explained(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what can go wrong while a tokenizer's file is read into one sentence."""
+    """Turn whatever goes wrong while a tokenizer's file is read into one sentence."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; train a tokenizer first, or give its right place") from None
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): train a tokenizer, or give its right place") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged or not a tokenizer's file: restore it, or train the tokenizer anew") from None
+        raise UserError(f"{path} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
 
-def _from_printable(vocab: Any, vocab_path: Any, pairs: Iterable, merges_path: Any) -> tuple[dict, list]:
-    """The inverse of what save() writes, with a sentence where a file is not what it should be."""
+def _bytes_of(vocab: dict[str, int]) -> dict[int, bytes]:
     byte_of = {character: byte for byte, character in printable_bytes().items()}
-    with _explained(vocab_path):
-        tokens = {int(token_id): bytes(byte_of[character] for character in token) for token, token_id in vocab.items()}
-        if len(tokens) != len(vocab) or not tokens:
-            raise ValueError("ids that occur twice, or no token at all")
-    with _explained(merges_path):
-        merges = [tuple(bytes(byte_of[character] for character in token) for token in pair) for pair in pairs]
-        if any(len(pair) != 2 for pair in merges):
-            raise ValueError("a merge has two parts")
-    return tokens, merges
+    tokens = {int(token_id): bytes(byte_of[character] for character in token) for token, token_id in vocab.items()}
+    if not 0 < len(tokens) == len(vocab):
+        raise ValueError("no token at all, or one id for several")
+    return tokens
+
+
+def _pairs_of(merges: Iterable[str | list[str]]) -> list[Pair]:
+    """Older files have merges as "a b", newer ones as ["a", "b"]."""
+    byte_of = {character: byte for byte, character in printable_bytes().items()}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return [tuple(bytes(byte_of[character] for character in token) for token in (left, right)) for left, right in pairs]
 
 
 # --- 7. From text to token arrays ---
 
 
-def encode_chunk(tokenizer: Tokenizer, path: Path, start: int, end: int, dtype: str) -> bytes:
+def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
     return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
 
 
@@ -793,62 +756,49 @@ def encode_file(
     num_workers: int | None = None,
     progress: bool = False,
 ) -> int:
-    """Encode a text file into one array of ids on disk; returns how many there are.
+    """Encode a text file into an array of ids on disk; returns their number.
 
-    uint16 holds ids below 65,536 in half the space of uint32. The array grows chunk by chunk, in memory only the chunk
-    is held. Beside x.npy lies x.json, by which load_tokens knows whose ids they are.
+    uint16 holds the ids of 65,536 tokens in half the space of uint32. The array is written chunk by chunk and never
+    held whole. x.json beside x.npy tells load_tokens whose ids they are.
     """
     text_path, npy_path = Path(text_path), Path(npy_path)
-    dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
-    borders = chunk_borders(text_path, tokenizer.special_tokens)
-    chunks = list(zip(borders, borders[1:]))
-    meter = Progress(f"encoding {text_path.name}", borders[-1], shown=progress)
-    sidecar = npy_path.with_suffix(".json")
-    sidecar.unlink(missing_ok=True)  # an array without one counts as missing
-    source = file_identity(text_path)
-    count = 0
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
+    chunks, source = chunks_of(text_path, tokenizer.special_tokens, CHUNK_BYTES), file_identity(text_path)
+    tasks = [(dtype.str, text_path, *chunk) for chunk in chunks]
+    results = parallel_map(encode_chunk, tokenizer, tasks, workers_for(len(tasks), num_workers))
+    meter = Progress(f"encoding {text_path.name}", chunks[-1][1], shown=progress)
+    header = {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
-        write_npy_header(file, dtype, 0)
-        tasks = [(text_path, *chunk, dtype) for chunk in chunks]
-        for (_, end), ids in zip(chunks, parallel_map(encode_chunk, tokenizer, tasks, workers_for(chunks, num_workers))):
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
+        begin = file.tell()
+        for (_, end), ids in zip(chunks, results):
             file.write(ids)
-            count += len(ids) // np.dtype(dtype).itemsize
             meter.update(end)
+        count = (file.tell() - begin) // dtype.itemsize
         file.seek(0)
-        write_npy_header(file, dtype, count)
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
+        npy_path.with_suffix(".json").unlink(missing_ok=True)  # an array without one counts as missing
     meter.close()
     facts = {"tokens": count, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash(), "source": source}
-    with write_atomically(sidecar) as file:
-        json.dump(facts, file, indent=1)
+    write_json(npy_path.with_suffix(".json"), facts)
     return count
 
 
-def write_npy_header(file: BinaryIO, dtype: str, count: int) -> None:
-    """numpy pads the header so that any count fits: it can be written again when the count is known."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def file_identity(path: Path) -> dict:
-    """Tells a changed text from an unchanged one without reading gigabytes."""
-    stat = path.stat()
-    return {"file": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer) -> np.ndarray:
-    """Open an array of encode_file without reading it into memory, and see that these are ids of this tokenizer."""
+def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer, *, context_length: int = 0) -> np.ndarray:
+    """Open an array of encode_file without reading it, after a look at whose ids they are and whether they suffice."""
     npy_path = Path(npy_path)
-    again = "remove it and prepare the data set again"
+    facts = read_json(npy_path.with_suffix(".json"))
+    again = f"remove {npy_path} and prepare the data again"
     try:
-        facts = json.loads(npy_path.with_suffix(".json").read_text(encoding="utf-8"))
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
-        stored_hash, count = facts["tokenizer_hash"], facts["tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {npy_path} and the {npy_path.stem}.json beside it ({error}): {again}") from None
-    if stored_hash != tokenizer.hash():
-        raise UserError(f"{npy_path} was encoded with another tokenizer: {again}")
-    if tokens.shape != (count,):
-        raise UserError(f"{npy_path} has the shape {tokens.shape} where ({count},) was written: {again}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {npy_path} ({error}): {again}") from None
+    if facts.get("tokenizer_hash") != tokenizer.hash():
+        raise UserError(f"{npy_path} was not encoded with this tokenizer: {again}")
+    if tokens.shape != (facts["tokens"],):
+        raise UserError(f"{npy_path} has {tokens.size:,} tokens where {facts['tokens']:,} were written: {again}")
+    if len(tokens) <= context_length:
+        raise UserError(f"{npy_path} has {len(tokens):,} tokens, too few for a context of {context_length:,}: add text")
     return tokens
 
 
@@ -1178,21 +1128,94 @@ def story_nats(text: str) -> float:
     raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
 
 
-# --- 9. Corpora: from a name to files ---
+# --- 9. A built-in corpus: arithmetic ---
+#
+# Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
+# of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
+
+NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
+KINDS = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+class Problem(NamedTuple):
+    question: str  # a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
+    work: str
+    answer: str
+
+
+def in_words(number: int) -> str:
+    """
+    >>> in_words(7), in_words(42), in_words(119)
+    ('seven', 'forty-two', 'one hundred and nineteen')
+    """
+    if number < 20:
+        return UNITS[number]
+    if number < 100:
+        return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
+    return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
+
+
+def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
+    """Problems first, first + 1, ... of a seed.
+
+    >>> print(*next(arithmetic_problems(0, 6)), sep="\\n")
+    What is 259 + 25 * 5?
+    25 * 5 = 125. 259 + 125 = 384.
+    384
+    """
+    for number in itertools.count(first):
+        rng = random.Random(f"arithmetic {seed} {number}")
+        form = rng.choice(("digits", "words", "story", "logic"))
+        a, b, c = rng.randint(100, 999), rng.randint(10, 99), rng.randint(2, 9)
+        if form == "digits":
+            total = a + b * c
+            yield Problem(f"What is {a} + {b} * {c}?", f"{b} * {c} = {b * c}. {a} + {b * c} = {total}.", f"{total}")
+        elif form == "words":
+            a = rng.randint(b, 499)
+            sign, word, result = rng.choice((("+", "plus", a + b), ("-", "minus", a - b)))
+            question = f"What is {in_words(a)} {word} {in_words(b)}?"
+            yield Problem(question, f"In digits, {a} {sign} {b} = {result}.", in_words(result))
+        elif form == "story":
+            (who, other), things, given = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(1, b)
+            question = f"{who} has {b} {things}, finds {a} more and gives {given} to {other}. How many has {who} now?"
+            work = f"{b} + {a} = {a + b}. {a + b} - {given} = {a + b - given}."
+            yield Problem(question, work, f"{a + b - given}")
+        else:
+            chain, who = rng.sample(KINDS, rng.randint(3, 6)), rng.choice(NAMES)
+            rules = [f"Every {kind} is a {next_kind}." for kind, next_kind in zip(chain, chain[1:])]
+            start, asked = rng.sample(range(len(chain)), 2)  # the rules lead only forwards
+            known = " ".join(rng.sample(rules, len(rules)))
+            question = f"{known} {who} is a {chain[start]}. Must {who} be a {chain[asked]}?"
+            work = f"{who} is a " + ", so a ".join(chain[start:]) + "."
+            yield Problem(question, work, "yes" if asked > start else "no")
+
+
+def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
+    """The problems as documents."""
+    for problem in arithmetic_problems(seed, first):
+        yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
+
+
+# --- 10. Corpora: from a name to token arrays ---
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-DOWNLOADS = {  # file -> (address, bytes of text)
-    ("tinystories", "train"): (TINYSTORIES + "train.txt", 2_227_753_162),
-    ("tinystories", "val"): (TINYSTORIES + "valid.txt", 22_502_601),
-    ("owt", "train"): (OWT + "train.txt.gz", 11_920_511_059),
-    ("owt", "val"): (OWT + "valid.txt.gz", 289_998_753),
-    ("shakespeare", "all"): (SHAKESPEARE, 1_115_394),
+DOWNLOADS = {  # dataset -> split -> (address, bytes of text)
+    "tinystories": {
+        "train": (TINYSTORIES + "train.txt", 2_227_753_162),
+        "val": (TINYSTORIES + "valid.txt", 22_502_601),
+    },
+    "owt": {"train": (OWT + "train.txt.gz", 11_920_511_059), "val": (OWT + "valid.txt.gz", 289_998_753)},
+    "shakespeare": {"all": (SHAKESPEARE, 1_115_394)},
 }
-DATASETS = ("tinystories", "owt", "shakespeare", "stories")
-GENERATED_BYTES = 25_000_000  # of a built-in corpus when data_bytes is not given
-GENERATED_BLOCK = 1000  # documents made by one task
+DATASETS = (*DOWNLOADS, "stories", "arithmetic")
+GENERATED_BYTES = 25_000_000  # of a built-in corpus, when data_bytes does not say
 
 
 class Prepared(NamedTuple):
@@ -1209,194 +1232,165 @@ def download(
 ) -> None:
     """Fetch a file, or only its first bytes, going on where an earlier attempt broke off. Raises OSError.
 
-    What has come lies in <path>.part. It is renamed when it has the size that the server announced, and expected_bytes
-    is what that size of the whole file must be.
+    What has come lies in <path>.part. It is renamed when it has all the bytes that the server announced, and the whole
+    file there must have expected_bytes.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if first_bytes and part.exists() and part.stat().st_size > first_bytes:
+    part.touch()
+    if first_bytes and part.stat().st_size > first_bytes:
         os.truncate(part, first_bytes)
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        have = before = part.stat().st_size
+        request = urllib.request.Request(url, headers={"User-Agent": "bpe.py"})
+        if have or first_bytes:
+            request.add_header("Range", f"bytes={have}-{first_bytes - 1 if first_bytes else ''}")
         try:
-            total = _fetch(url, part, before, first_bytes, expected_bytes, timeout_s)
-            reason = "the connection broke off"
-            if part.stat().st_size == total:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                if response.status == 206:  # Content-Range: bytes 100-199/1000
+                    whole = int(response.headers["Content-Range"].rpartition("/")[2])
+                else:  # this server knows no Range and sends everything from the beginning
+                    have, whole = 0, int(response.headers.get("Content-Length") or 0)
+                if expected_bytes not in (None, whole):
+                    raise OSError(f"the file there has {whole:,} bytes instead of {expected_bytes:,}")
+                total = min(first_bytes or whole, whole)
+                meter = Progress(f"loading {path.stem}", total)
+                with open(part, "ab" if have else "wb") as file:
+                    while have < total and (data := response.read(min(1 << 18, total - have))):
+                        file.write(data)
+                        have += len(data)
+                        meter.update(have)
+                meter.close()
+            if have == total:
                 os.replace(part, path)
                 return
-        except (OSError, http.client.HTTPException) as error:  # refused, timed out, reset, no such page
+            reason = f"the connection broke off after {have:,} of {total:,} bytes"
+        except (OSError, http.client.HTTPException) as error:  # refused, silent too long, reset, no such page
             if getattr(error, "errno", None) == errno.ENOSPC:
-                raise UserError(f"no space left for {path}: free some, then run again") from None
-            if isinstance(error, urllib.error.HTTPError) and error.code == 416 and before:
-                part.unlink()  # the server has nothing behind what came before: another file, begin anew
+                raise UserError(f"no space is left for {path}: make room, then run again") from None
+            if getattr(error, "code", None) == 416 and have:  # nothing there behind what we have: not the same file
+                part.unlink()
+                part.touch()
                 continue
             reason = str(getattr(error, "reason", None) or error)
-        after = part.stat().st_size if part.exists() else 0
-        if after <= before:  # as long as each attempt brings something the next one goes on
-            raise OSError(f"{url}: {reason}" + (f", {after:,} bytes are kept for the next time" if after else ""))
+        if part.stat().st_size <= before:  # as long as something comes, the next attempt goes on from there
+            if not part.stat().st_size:
+                part.unlink()
+            raise OSError(f"{url}: {reason}")
 
 
-def _fetch(
-    url: str, part: Path, have: int, first_bytes: int | None, expected_bytes: int | None, timeout_s: float
-) -> int:
-    """Append what one connection gives to `part`; returns the size it must have in the end."""
-    request = urllib.request.Request(url, headers={"User-Agent": "bpe.py"})
-    if have or first_bytes:
-        request.add_header("Range", f"bytes={have}-{first_bytes - 1 if first_bytes else ''}")
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:
-        if response.status == 206:  # Content-Range: bytes 100-199/1000
-            whole = int(response.headers["Content-Range"].rpartition("/")[2])
-        else:  # a server without Range sends everything from the beginning
-            have, whole = 0, int(response.headers.get("Content-Length") or 0)
-        if expected_bytes and whole != expected_bytes:
-            raise OSError(f"the file there has {whole:,} bytes where {expected_bytes:,} are expected")
-        total = min(first_bytes or whole, whole)
-        meter = Progress(f"download {part.stem}", total)
-        with open(part, "ab" if have else "wb") as file:
-            while have < total and (data := response.read(min(1 << 18, total - have))):
-                file.write(data)
-                have += len(data)
-                meter.update(have)
-        meter.close()
-    return total
-
-
-def cut_after_last_document(path: Path) -> None:
-    """Shorten a text so that it ends with END_OF_TEXT."""
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-        end = data.rfind(END_OF_TEXT.encode("ascii"))
-    if end < 0:
-        raise OSError(f"no {END_OF_TEXT} in {path}: this is not the text expected")
-    os.truncate(path, end + len(END_OF_TEXT))
-
-
-def unpack(packed: Path, path: Path, num_bytes: int) -> None:
-    """The first num_bytes of a gzip file, which may itself be only the beginning of one."""
-    with open(packed, "rb") as source, open(path, "wb") as target:
-        unpacker = zlib.decompressobj(wbits=31)
-        while target.tell() < num_bytes and (data := source.read(1 << 18)):
-            target.write(unpacker.decompress(data)[: num_bytes - target.tell()])
-
-
-def download_text(dataset: str, split: str, path: Path, data_bytes: int | None, say: Callable[[str], None]) -> None:
-    """One split of tinystories or owt: whole, or its first data_bytes up to the end of a document."""
-    url, whole = DOWNLOADS[dataset, split]
-    taken = data_bytes if data_bytes and data_bytes < whole and split == "train" else None
-    say(f"download: {dataset} {split}.txt, {f'the first {taken / 1e6:,.0f} of ' if taken else ''}{whole / 1e6:,.0f} MB")
-    loading = path.with_name(path.name + ".download")
+def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
+    """One file of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
+    url, whole = DOWNLOADS[dataset][split]
+    taken = data_bytes if data_bytes and data_bytes < whole else None
+    fetched = path.with_name(path.name + (".gz" if url.endswith(".gz") else ".whole"))
     if url.endswith(".gz"):
-        packed = path.with_name(path.name + ".gz")
-        # English packs to less than half, so half as many packed bytes as wanted are enough
-        download(url, packed, first_bytes=taken and taken // 2)
-        unpack(packed, loading, taken or whole)
-        packed.unlink()
-        if not taken and loading.stat().st_size != whole:
-            raise OSError(f"{url}: {loading.stat().st_size:,} bytes of text where {whole:,} are expected")
+        # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
+        download(url, fetched, first_bytes=taken and taken // 2)
+        unpacked, unpacker = path.with_name(path.name + ".whole"), zlib.decompressobj(wbits=31)
+        with open(fetched, "rb") as source, open(unpacked, "wb") as target:
+            while target.tell() < (taken or whole + 1) and (data := source.read(1 << 18)):
+                target.write(unpacker.decompress(data)[: (taken or whole + 1) - target.tell()])
+        fetched.unlink()
+        fetched = unpacked
+        if not taken and fetched.stat().st_size != whole:
+            raise OSError(f"{url}: {fetched.stat().st_size:,} bytes of text instead of {whole:,}")
     else:
-        download(url, loading, first_bytes=taken, expected_bytes=whole)
+        download(url, fetched, first_bytes=taken, expected_bytes=whole)
     if taken:
-        cut_after_last_document(loading)
-    os.replace(loading, path)
+        with open(fetched, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            end = data.rfind(END_OF_TEXT.encode("ascii"))
+        if end < 0:
+            raise OSError(f"{url}: no {END_OF_TEXT} in it, so this is not the text expected")
+        os.truncate(fetched, end + len(END_OF_TEXT))
+    os.replace(fetched, path)
 
 
-def split_text(source: Path, folder: Path, data_bytes: int | None = None) -> None:
+def split_text(source: Path, folder: Path, data_bytes: int | None) -> None:
     """The first 90 % of a text become train.txt, the rest val.txt, cut at the end of a document where there is one."""
-    borders = chunk_borders(source, [END_OF_TEXT])
-    for start, end in zip(borders, borders[1:]):
-        read_text(source, start, end)  # says where the text is not UTF-8 before anything is written
+    for chunk in chunks_of(source, [END_OF_TEXT], CHUNK_BYTES):
+        read_text(source, *chunk)  # says where the text is not UTF-8 before anything is written
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         size, mark = min(len(data), data_bytes or len(data)), END_OF_TEXT.encode("ascii")
         cut = int(size * 0.9)
-        ends = (data.find(mark, cut, size - len(mark) - 1), data.rfind(mark, 0, cut))  # the next end, else the last
+        ends = (data.find(mark, cut, size - len(mark)), data.rfind(mark, 0, cut))  # the next end, else the last
         cut = next((end + len(mark) for end in ends if end >= 0), cut)
-        while cut and data[cut] & 0xC0 == 0x80:  # not within a character
-            cut -= 1
         for name, start, end in (("train.txt", 0, cut), ("val.txt", cut, size)):
+            while end < len(data) and data[end] & 0xC0 == 0x80:  # not within a character
+                end += 1
+            while start < end and data[start] & 0xC0 == 0x80:
+                start += 1
             with write_atomically(folder / name, "wb") as target:
                 for offset in range(start, end, 1 << 20):
                     target.write(data[offset : min(offset + (1 << 20), end)])
 
 
-def generate_block(dataset: str, seed: int, first: int) -> bytes:
-    """A thousand documents of a built-in corpus, each followed by END_OF_TEXT and nothing else."""
-    documents = itertools.islice(stories(seed, first), GENERATED_BLOCK)
-    return "".join(document + END_OF_TEXT for document in documents).encode("utf-8")
+def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
+    """Some documents of a built-in corpus, each with END_OF_TEXT behind it and nothing else."""
+    generator = stories if dataset == "stories" else arithmetic
+    return "".join(text + END_OF_TEXT for text in itertools.islice(generator(seed, first), count)).encode("utf-8")
 
 
-def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None = None) -> None:
-    """Documents 0, 1, 2, ... of a built-in corpus until num_bytes are full; the same for any number of workers."""
-    workers = 1 if num_bytes < 2_000_000 else num_workers or default_num_workers()
-    blocks = ((seed, first) for first in itertools.count(0, GENERATED_BLOCK))
-    meter = Progress(f"generating {path.name}", num_bytes)
-    mark = END_OF_TEXT.encode("ascii")
-    with write_atomically(path, "wb") as file:
-        for block in parallel_map(generate_block, dataset, blocks, workers):
-            if file.tell() + len(block) >= num_bytes:
-                missing = max(0, num_bytes - file.tell() - len(mark))
-                file.write(block[: block.index(mark, missing) + len(mark)])
+def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None) -> None:
+    """Documents 0, 1, 2, ... until num_bytes are reached; the same text for any number of workers."""
+    blocks = ((seed, first, 1000) for first in itertools.count(0, 1000))
+    meter, mark = Progress(f"generating {path.name}", num_bytes), END_OF_TEXT.encode("ascii")
+    results = parallel_map(generate_block, dataset, blocks, workers_for(num_bytes // 1_000_000, num_workers))
+    with write_atomically(path, "wb") as file, contextlib.closing(results):
+        for block in results:
+            missing = num_bytes - file.tell()
+            if len(block) >= missing:
+                file.write(block[: block.index(mark, max(0, missing - len(mark))) + len(mark)])
                 break
             file.write(block)
             meter.update(file.tell())
     meter.close()
 
 
-def read_json(path: Path) -> dict:
-    """What stands in a small file of ours; nothing when it is missing or damaged, so that its stage runs again."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path: Path, facts: dict) -> None:
-    with write_atomically(path) as file:
-        json.dump(facts, file, indent=1)
-
-
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
-    """See that folder/train.txt and folder/val.txt are there, as source.json beside them says.
+    """See that train.txt and val.txt are in the folder, made from what source.json beside them says.
 
-    Without source.json the files are somebody's own and stay as they are.
+    Without source.json they are somebody's own and are used as they are.
     """
     record, texts = folder / "source.json", {split: folder / f"{split}.txt" for split in ("train", "val")}
-    if dataset == "stories":
-        data_bytes = data_bytes or GENERATED_BYTES
-        first = hashlib.sha256(generate_block(dataset, 0, 0)).hexdigest()  # changes when the generator does
-        wanted = {"dataset": dataset, "data_bytes": data_bytes, "first_documents": first}
-    elif dataset in DATASETS:
-        wanted = {"dataset": dataset, "data_bytes": data_bytes}
-    else:
+    generated, loaded = dataset in ("stories", "arithmetic"), dataset in ("tinystories", "owt")
+    wanted: dict[str, Any] = {"dataset": dataset, "data_bytes": data_bytes}
+    if generated:
+        sample = hashlib.sha256(generate_block(dataset, 0, 0, 20)).hexdigest()  # another generator, another text
+        wanted |= {"data_bytes": data_bytes or GENERATED_BYTES, "sample": sample}
+    elif dataset not in DOWNLOADS:
         text_size(dataset)
-        wanted = {"dataset": str(Path(dataset).resolve()), "data_bytes": data_bytes, **file_identity(Path(dataset))}
+        wanted |= {"dataset": str(Path(dataset).resolve()), **file_identity(Path(dataset))}
     made = read_json(record)
-    if made and dataset in ("tinystories", "owt"):  # what was downloaded serves whoever wants less
+    if loaded and made:  # what was downloaded serves whoever wants as much or less
         enough = made["data_bytes"] is None or (data_bytes is not None and data_bytes <= made["data_bytes"])
         wanted = made if enough else wanted
     if made and made != wanted:
-        say(f"data: {folder} was made otherwise than now asked for, so it is made anew")
+        say(f"data: {folder} was made from something else and is made anew")
         for path in texts.values():
             path.unlink(missing_ok=True)
     if all(path.exists() for path in texts.values()):
-        say(f"data: found {folder}, {texts['train'].stat().st_size / 1e6:,.1f} MB of training text")
+        say(f"data: found {texts['train']}, {texts['train'].stat().st_size / 1e6:,.1f} MB")
         return
     if made or not any(path.exists() for path in texts.values()):
         write_json(record, wanted)
-    if dataset in ("tinystories", "owt"):
+    amount = f"the first {data_bytes / 1e6:,.0f} MB" if data_bytes else "all"
+    if generated:
+        say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
+        generate_text(dataset, 0, texts["train"], wanted["data_bytes"], num_workers)
+        generate_text(dataset, 1, texts["val"], min(1_000_000, wanted["data_bytes"] // 10), num_workers)
+    elif loaded:
+        say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
         for split, path in texts.items():
             if not path.exists():
-                download_text(dataset, split, path, data_bytes, say)
-    elif dataset == "stories":
-        say(f"data: generating {data_bytes / 1e6:,.1f} MB of {dataset}, for validation from another seed")
-        generate_text(dataset, 0, texts["train"], data_bytes, num_workers)
-        generate_text(dataset, 1, texts["val"], min(1_000_000, data_bytes // 10), num_workers)
-    elif dataset == "shakespeare":
-        url, size = DOWNLOADS[dataset, "all"]
-        say(f"download: {dataset}, {size / 1e6:.1f} MB")
-        download(url, folder / "input.txt", expected_bytes=size)
-        split_text(folder / "input.txt", folder, data_bytes)
+                download_text(dataset, split, path, data_bytes if split == "train" else None)
     else:
-        say(f"data: {dataset}, the first 90 % for training, the rest for validation")
-        split_text(Path(dataset), folder, data_bytes)
+        say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
+        source = Path(dataset)
+        if dataset in DOWNLOADS:
+            source = folder / "input.txt"
+            download_text(dataset, "all", source, None)
+        split_text(source, folder, data_bytes)
 
 
 def prepare(
@@ -1409,53 +1403,163 @@ def prepare(
     num_workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Prepared:
-    """From a corpus's name, or a text file's path, to token arrays; runs the stages that are missing, a line for each.
+    """From a corpus's name, or a text file's path, to token arrays. Runs what is missing, with one line for each stage.
 
-    data_bytes: how much training text; None takes all that there is, or GENERATED_BYTES of a built-in corpus. Text lies
-    in data_dir/<dataset>/, tokenizer and arrays in data_dir/<dataset>/bpe<vocab_size>/. Without a network "tinystories"
-    becomes "stories"; any other corpus that cannot be had raises UserError.
+    data_bytes: how much training text; None is all there is, or GENERATED_BYTES of a built-in corpus. Text lies in
+    data_dir/<dataset>/, tokenizer and arrays in data_dir/<dataset>/bpe<vocab_size>/. Without a network "tinystories"
+    becomes "stories"; whatever else cannot be had raises UserError.
     """
     num_merges_for(vocab_size, special_tokens)
     name = dataset if dataset in DATASETS else Path(dataset).stem
     if dataset not in DATASETS:
         if not Path(dataset).suffix and not Path(dataset).exists():
-            raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}, or give a text file's path")
+            raise UserError(f"unknown dataset {dataset!r}: use {', '.join(DATASETS)} or the path of a text file")
         name += "-file" if name in DATASETS else ""
     folder = Path(data_dir) / name
     try:
         make_texts(dataset, folder, data_bytes, num_workers, say)
     except OSError as error:
-        if not (folder / "train.txt").exists():
+        if not any(folder.glob("*.part")) and not (folder / "train.txt").exists():
             (folder / "source.json").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if dataset != "tinystories":
-            raise UserError(f"{dataset} could not be had ({error}); put your copy at {folder}/train.txt and val.txt") from None
-        say(f"data: tinystories could not be downloaded ({error}); the built-in stories are used instead")
-        return prepare(
-            "stories", vocab_size=vocab_size, special_tokens=special_tokens, data_dir=data_dir, num_workers=num_workers,
-            data_bytes=min(data_bytes or GENERATED_BYTES, GENERATED_BYTES), say=say,
-        )  # fmt: skip
+            raise UserError(f"{dataset} cannot be had ({error}): put it at {folder}/train.txt and val.txt") from None
+        say(f"data: tinystories could not be downloaded ({error}), so the built-in stories take its place")
+        amount = min(data_bytes or GENERATED_BYTES, GENERATED_BYTES)
+        options = {"data_dir": data_dir, "data_bytes": amount, "num_workers": num_workers, "say": say}
+        return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, **options)
 
     train_text, val_text, tokenizer_dir = folder / "train.txt", folder / "val.txt", folder / f"bpe{vocab_size}"
-    wanted = {"special_tokens": list(special_tokens), "text": file_identity(train_text)}
-    record = tokenizer_dir / "training.json"
-    if wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(tokenizer_dir)
-    else:
-        say(f"tokenizer: {vocab_size:,} tokens, trained on {train_text}")
+    record, seconds = tokenizer_dir / "training.json", {}
+    wanted = {"special_tokens": [*special_tokens], "text": file_identity(train_text)}
+    if not (wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists()):
+        say(f"tokenizer: training {vocab_size:,} tokens on {train_text}")
         record.unlink(missing_ok=True)
-        vocab, merges = train_bpe(train_text, vocab_size, special_tokens, num_workers=num_workers, progress=True)
-        tokenizer = Tokenizer(vocab, merges, special_tokens)
-        tokenizer.save(tokenizer_dir)
-        write_json(record, wanted)
+        options = {"num_workers": num_workers, "cache_dir": folder / "cache", "progress": True, "seconds": seconds}
+        vocab, merges = train_bpe(train_text, vocab_size, special_tokens, **options)
+        Tokenizer(vocab, merges, special_tokens).save(tokenizer_dir)
+        write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()})
+    tokenizer = Tokenizer.load(tokenizer_dir)
     for text in (train_text, val_text):
         npy = tokenizer_dir / f"{text.stem}.npy"
         wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
         if not (npy.exists() and wanted.items() <= read_json(npy.with_suffix(".json")).items()):
             count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
-            say(f"tokens: {npy}, {count:,} tokens, {text.stat().st_size / max(1, count):.2f} bytes each")
+            say(f"tokens: {npy}, {count:,} tokens of {text.stat().st_size / max(1, count):.2f} bytes on average")
     return Prepared(name, train_text, val_text, tokenizer_dir / "train.npy", tokenizer_dir / "val.npy", tokenizer_dir)
 
 
-# --- 10. The command line ---
+# --- 11. The command line ---
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process and its largest worker have held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(peaks) * (1 if sys.platform == "darwin" else 1024)
+
+
+def library_sources() -> bytes:
+    """A text that is present everywhere: the modules of Python's own library."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    if not paths:
+        raise UserError("this Python has no sources of its library: give a text file with --input")
+    return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in paths)
+
+
+def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
+    """Train, print merges as they come (the first ones and every fortieth part), and what came of it."""
+    number, step, seconds = itertools.count(1), max(1, vocab_size // 40), {}
+    print(f"training {vocab_size:,} tokens on {text_size(path) / 1e6:,.1f} MB\n   merge      count  new token")
+
+    def tell(pair: Pair, count: int) -> None:
+        if (rank := next(number)) <= 10 or rank % step == 0:
+            print(f"{rank:8,} {count:10,}  {pair[0]!r} + {pair[1]!r}", flush=True)
+
+    vocab, merges = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, on_merge=tell, seconds=seconds)
+    tokenizer = Tokenizer(vocab, merges, special_tokens)
+    text = read_text(path, *chunks_of(path, special_tokens, 1_000_000)[0])
+    stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
+    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {max(vocab.values(), key=len)!r}")
+    print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
+    return tokenizer
+
+
+def pieces_of(tokenizer: Tokenizer, text: str) -> str:
+    """The pieces of a text and their ids; bytes are written as in vocab.json, where a space is visible."""
+    ids, character = tokenizer.encode(text), printable_bytes()
+    pieces = ["".join(character[byte] for byte in tokenizer.vocab[token_id]) for token_id in ids]
+    return "\n".join([f"{len(ids)} tokens: {'|'.join(pieces)}", " ".join(map(str, ids))])
+
+
+def report(data_dir: Path) -> str:
+    """Every tokenizer at hand on 10 documents of every corpus at hand."""
+    folders = sorted(path.parent for path in data_dir.glob("*/bpe*/tokenizer.json"))
+    corpora = {}
+    for path in sorted(data_dir.glob("*/val.txt")):
+        with open(path, "rb") as file:
+            corpora[path.parent.name] = file.read(1_000_000).decode("utf-8", errors="ignore").split(END_OF_TEXT)[:10]
+    if not folders:
+        raise UserError(f"no tokenizer lies under {data_dir}/: python train.py --dataset stories makes one")
+    lines = [f"{'tokenizer':<24} {'tokens':>8} {'training':>9} {'memory':>9} {'slowest':>9}  longest token"]
+    names = "".join(f" {name[:12]:>12}" for name in corpora)
+    table = [f"{'bytes per token':<24}{names}     MB/s  hours for 825 GB"]
+    for folder in folders:
+        tokenizer, facts = Tokenizer.load(folder), read_json(folder / "training.json")
+        name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
+        training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
+        longest = max(tokenizer.vocab.values(), key=len)
+        slowest = max(seconds, key=lambda stage: seconds[stage])
+        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
+        ratios = [
+            len("".join(texts).encode("utf-8")) / max(1, sum(len(tokenizer.encode(text)) for text in texts))
+            for texts in corpora.values()
+        ]
+        path = folder.parent / "train.txt"
+        text = read_text(path, *chunks_of(path, [END_OF_TEXT], CHUNK_BYTES)[0])
+        started = time.perf_counter()
+        tokenizer.encode(text)
+        rate = len(text.encode("utf-8")) / (time.perf_counter() - started)
+        cells = "".join(f" {ratio:12.2f}" for ratio in ratios)
+        table.append(f"{name:<24}{cells} {rate / 1e6:8.1f}  {825e9 / rate / 3600:16,.0f}")
+    return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one; see the file's top.")
+    parser.add_argument("--input", type=Path, help="text to train on (default: the sources of Python's own library)")
+    parser.add_argument("--vocab_size", type=int, default=1000, help="bytes and specials too (default: %(default)s)")
+    parser.add_argument("--special_tokens", nargs="*", default=[END_OF_TEXT], help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder of the tokenizer's files; without --input read from there")
+    parser.add_argument("--num_workers", type=int, help="processes (default: one for each processor)")
+    parser.add_argument("--show", metavar="TEXT", help="print the pieces of a text")
+    parser.add_argument("--report", action="store_true", help="compare the tokenizers and corpora under data/")
+    args = parser.parse_args(argv)
+    try:
+        if args.report:
+            print(report(Path("data")))
+            return
+        if args.out and not args.input and (args.out / "tokenizer.json").exists():
+            tokenizer = Tokenizer.load(args.out)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                if args.input is None:
+                    (Path(folder) / "library.txt").write_bytes(library_sources())
+                path = args.input or Path(folder) / "library.txt"
+                tokenizer = train_and_tell(path, args.vocab_size, args.special_tokens, args.num_workers)
+            if args.out:
+                tokenizer.save(args.out)
+                print(f"vocab.json, merges.txt and tokenizer.json are in {args.out}/")
+        if args.show is not None or not args.out:
+            print(pieces_of(tokenizer, "for line in sys.stdin: print(line)" if args.show is None else args.show))
+    except (UserError, OSError) as error:
+        print(f"bpe.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
