@@ -14,8 +14,8 @@ their sum x, the residual stream, is the only road between them.
 The first prints, among others,
 
     FLOPs per token of the forward pass (training: 3 times as many)
-    preset       projections  attention    ffn   head  total
-    baseline           8.39M       2.1M  16.5M  10.2M  37.2M
+    in millions  projections  attention       ffn    head      total
+    baseline            8.39       2.10     16.52   10.24      37.24
 
 Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/value heads, D head dimension,
 C d_model, F d_ff, V vocabulary.
@@ -32,7 +32,6 @@ Contents
 """
 
 import argparse
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -71,7 +70,7 @@ class ModelConfig:
     dropout: float = 0.0  # on the output of every attention and feed-forward branch, in training only
     qk_norm: bool = False  # RMSNorm on each head's queries and keys, which bounds the attention scores
     tie_embeddings: bool = False  # one matrix for token_embeddings and lm_head
-    attention: str = "auto"  # auto (flash on CUDA with Triton, else sdpa), naive, sdpa, flash
+    attention: str = "auto"  # auto, naive, sdpa, flash: see make_attention
 
     CHOICES = {  # without an annotation: no field, but what the switches accept
         "norm": ("pre", "post", "none"), "pos": ("rope", "none"), "ffn": ("swiglu", "silu", "relu", "relu2"),
@@ -332,11 +331,11 @@ def make_attention(
 
     naive   the definition of section 2 under the mask above: writes the (B, H, T, S) scores to memory, several times
     sdpa    torch's fused kernels: the same numbers without storing scores, and without a mask if `is_causal`
-    flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less
+    flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less (needs Triton for that)
+    auto    flash on CUDA, else sdpa
     """
     if kind == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
-        kind = "flash" if positions.is_cuda and has_triton else "sdpa"
+        kind = "flash" if positions.is_cuda else "sdpa"
     if kind == "flash":
         from flash import flash_attention
 
@@ -660,28 +659,15 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
 # --- 8. Command line ---
 
 
-def compact(number: float) -> str:
-    """Three digits and a letter.
-
-    >>> compact(22_696_448), compact(950), compact(999_999)
-    ('22.7M', '950', '1M')
-    """
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= 0.9995 * factor:
-            return f"{number / factor:.3g}{letter}"
-    return f"{number:.3g}"
-
-
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
-    """The three accounts, one table each: all presets in a line each, or one preset part by part with exact numbers."""
-    length = dict(context_length=context_length)
-    accounts = {
-        "Parameters": count_parameters,
-        "FLOPs per token of the forward pass (training: 3 times as many)": partial(flops_per_token, **length),
-        f"Bytes of a float32 training step, batch_size {batch_size} (B: 10^9)":
-            partial(training_memory, batch_size=batch_size, **length),
-    }
-    for title, account in accounts.items():
+    """The three accounts, one table each: a line for each preset in millions, or one preset part by part, exactly."""
+    flops = partial(flops_per_token, context_length=context_length)
+    memory = partial(training_memory, batch_size=batch_size, context_length=context_length)
+    for title, account in (
+        ("Parameters", count_parameters),
+        ("FLOPs per token of the forward pass (training: 3 times as many)", flops),
+        (f"Bytes of a float32 training step on {batch_size} sequences", memory),
+    ):
         rows = []
         for name in names:
             parts = account(ModelConfig(**PRESETS[name]))
@@ -689,8 +675,8 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
             if len(names) == 1:
                 rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]
             else:
-                rows += [["preset", *parts]] if not rows else []
-                rows.append([name, *map(compact, parts.values())])
+                rows = rows or [["in millions", *parts]]
+                rows.append([name, *(f"{n / 1e6:,.2f}" for n in parts.values())])
         widths = [max(map(len, column)) for column in zip(*rows)]
         print(f"\n{title}")
         for first, *others in rows:

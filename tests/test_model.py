@@ -338,7 +338,7 @@ def test_first_loss_and_gradients_for_every_switch():
             assert parameter.grad.abs().max() > 0, f"{switches}: {name} gets no gradient"
 
 
-@pytest.mark.parametrize("sizes", [dict(vocab_size=9_973, d_model=72), dict(vocab_size=64, d_model=768)])
+@pytest.mark.parametrize("sizes", [dict(vocab_size=9_973, d_model=72), dict(vocab_size=64, d_model=384)])
 @pytest.mark.parametrize("norm", ["pre", "post", "none"])
 def test_first_loss_at_other_sizes(sizes, norm):
     """The first loss is within 0.2 of ln V for vocabularies larger and much smaller than d_model, tied or not."""
@@ -440,6 +440,9 @@ def test_autocast_bfloat16():
     ids = random_tokens(2, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(ids)
+        for kind in KINDS:
+            model.config.attention = kind
+            torch.testing.assert_close(model(ids), logits, atol=0.05, rtol=0.05)
     assert seen["ln1"] == (torch.float32, torch.float32)
     assert seen["attn.q_proj"][1] == seen["attn.output_proj"][1] == logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), model(ids), atol=0.05, rtol=0.05)
