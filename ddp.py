@@ -91,12 +91,11 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         torch.cuda.set_device(ranks.local_rank)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         # subtle: torchrun keeps one store over all its restarts, with the addresses that the dead attempt's ranks left
         # there for each other; a prefix per attempt keeps them apart
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        _join(store, ranks, timeout, "nccl" if device_type == "cuda" else "gloo")
     except RuntimeError as error:  # every error of torch.distributed is one
         reason = _first_line(error)
         if "EADDRINUSE" in reason or "already in use" in reason:
@@ -104,6 +103,11 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         who = f"rank {ranks.rank} of {ranks.world_size}"
         raise ConnectionError(f"{who} could not join the others at {address} in {timeout_s:g} s: {reason}") from error
     return ranks
+
+
+def _join(store: dist.Store, ranks: Ranks, timeout: timedelta, backend: str) -> None:
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def get_rank() -> int:
@@ -128,7 +132,8 @@ def barrier(message: str) -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()])
         return
     try:
-        dist.monitored_barrier(wait_all_ranks=True)
+        # subtle: its own default is 30 minutes, whatever the group's timeout is
+        dist.monitored_barrier(timeout=_store().timeout, wait_all_ranks=True)
     except RuntimeError as error:
         raise RankFailure(f"waited in vain for {message}: {_first_line(error)}") from error
 
@@ -207,7 +212,7 @@ def _lost_contact(error: BaseException) -> bool:
     )
 
 
-def explain_failure(error: BaseException, patience_s: float = 3.0) -> str:
+def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
 
     A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
@@ -366,9 +371,8 @@ def check_same_model(module: nn.Module) -> None:
     Not a formality: gloo aborts the process when sizes differ, and gives garbage without a word on (2, 3) against
     (3, 2) or float32 against int32.
     """
-    mine = [f"buffer {name} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()]
-    for name, p in module.named_parameters():
-        mine.append(f"parameter {name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}")
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    mine = [f"{name} {tuple(t.shape)} {t.dtype}{' trained' if t.requires_grad else ''}" for name, t in tensors]
     everyones: list[Any] = [mine] * get_world_size()
     if get_world_size() > 1:
         dist.all_gather_object(everyones, mine)
@@ -694,7 +698,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             _rank_main, (function, world_size, folder, timeout_s, args), world_size, join=False, start_method=method
         )
         deadline = time.monotonic() + timeout_s + 10  # the ranks' own timeout comes first, and knows more
-        while not context.join(max(0.0, deadline - time.monotonic()), grace_period=5):
+        while not context.join(max(0.0, deadline - time.monotonic()), grace_period=3):
             if time.monotonic() >= deadline:
                 for process in context.processes:
                     process.kill()
@@ -705,12 +709,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 def _rank_main(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, timeout_s: float, args: tuple
 ) -> None:
+    ranks = Ranks(rank, rank, world_size)
     torch.set_num_threads(1)  # more threads may add in another order, and results are compared to the bit
     try:
         if world_size > 1:
-            store, timeout = dist.FileStore(f"{folder}/store", world_size), timedelta(seconds=timeout_s)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-        torch.save(function(Ranks(rank, rank, world_size), *args), Path(folder, f"{rank}.pt"))
+            _join(dist.FileStore(f"{folder}/store", world_size), ranks, timedelta(seconds=timeout_s), "gloo")
+        torch.save(function(ranks, *args), Path(folder, f"{rank}.pt"))
         shutdown_distributed()
     except Exception as error:
         raise RuntimeError(explain_failure(error)) from error

@@ -1,0 +1,681 @@
+"""ddp.py against torch's DistributedDataParallel, against one process, and against failing ranks.
+
+Functions whose name starts with rank_ run in every process of run_ranks; they return what the test compares.
+"""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddp
+
+RankError = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
+OURS = ("naive", "flat", "individual", "bucketed")
+
+
+class Odd(nn.Module):
+    """All that makes data parallelism hard: a tied and a frozen weight, buffers, a branch that only odd ranks take, a
+    parameter nobody uses, two dtypes, an empty parameter and one whose memory is transposed."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(37, 12)
+        self.frozen = nn.Linear(12, 12)
+        self.frozen.requires_grad_(False)
+        self.odd_only = nn.Linear(12, 12)
+        self.nobody = nn.Linear(5, 3)
+        self.transposed = nn.Parameter(torch.randn(12, 7).t())
+        self.factor = nn.Parameter(torch.randn(12, dtype=torch.float64))
+        self.empty = nn.Parameter(torch.randn(0, 3))
+        self.head = nn.Linear(12, 37, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("counts", torch.randint(100, (3,)))
+        self.register_buffer("table", torch.randn(5, 12).t(), persistent=False)
+
+    def forward(self, tokens, odd):
+        x = self.frozen(self.embed(tokens))
+        x = x + (x @ self.transposed.t()).tanh() @ self.transposed + self.empty.sum()
+        if odd:
+            x = x + self.odd_only(x).relu()
+        return self.head((x * self.factor).float())
+
+
+def tokens_of(step: int, number: int) -> torch.Tensor:
+    return torch.randint(37, (3, 11), generator=torch.Generator().manual_seed(100 * step + number))
+
+
+def loss_of(model, step: int, number: int) -> torch.Tensor:
+    tokens = tokens_of(step, number)
+    logits = model(tokens[:, :-1], number % 2 == 1)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients_of(module) -> dict:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def state_of(module) -> dict:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(left: dict, right: dict, what: str) -> None:
+    assert left.keys() == right.keys(), f"{what}: {left.keys()} against {right.keys()}"
+    for name, a in left.items():
+        b = right[name]
+        if a is None or b is None:
+            assert a is None and b is None, f"{what}: {name} is {a} against {b}"
+        else:
+            difference = (a - b).abs().max().item() if a.numel() else 0.0
+            assert torch.equal(a, b), f"{what}: {name} differs by up to {difference}"
+
+
+def rank_train(ranks, mode, ordered=False, num_steps=4, set_to_none=True, micro_batches=1, bucket_size_mb=0.002):
+    # the seed differs by rank: construction must bring rank 0's weights and buffers to all
+    model = ddp.wrap(
+        Odd(seed=ranks.rank), mode, bucket_size_mb=bucket_size_mb, ordered=ordered, find_unused_parameters=True
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first = None
+    for step in range(num_steps):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        for micro in range(micro_batches - 1):
+            with model.no_sync():
+                loss_of(model, step, ranks.rank + ranks.world_size * micro).backward()
+        loss_of(model, step, ranks.rank + ranks.world_size * (micro_batches - 1)).backward()
+        model.finish_gradient_synchronization()
+        first = first or gradients_of(model.module)
+        optimizer.step()
+    return {"first": first, "last": gradients_of(model.module), "state": state_of(model.module)}
+
+
+@pytest.fixture(scope="module")
+def torch_ddp():
+    """What torch's own gives on two ranks, for the settings that are compared more than once."""
+    return {
+        key: ddp.run_ranks(rank_train, 2, "torch", *key)
+        for key in ((False, 4, True, 1), (False, 3, False, 1), (False, 3, True, 3))
+    }
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("mode", OURS)
+def test_rungs_equal_torch(mode, ordered, torch_ddp):
+    """Every rung gives torch DDP's gradients and weights bit for bit on two ranks, None where nobody used a weight."""
+    ours = ddp.run_ranks(rank_train, 2, mode, ordered, 4, True, 1)
+    for rank in (0, 1):
+        for what in ("first", "last", "state"):
+            assert_same(ours[rank][what], torch_ddp[(False, 4, True, 1)][rank][what], f"{mode} {what} rank {rank}")
+    assert ours[0]["first"]["nobody.weight"] is None, "a parameter that no rank used has got a gradient"
+    assert ours[0]["first"]["odd_only.weight"] is not None, "rank 0 did not get the gradient that rank 1 computed"
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_accumulation_and_kept_gradients(mode, torch_ddp):
+    """no_sync() over three micro-batches, and zero_grad(set_to_none=False), equal torch DDP bit for bit."""
+    for key in ((False, 3, False, 1), (False, 3, True, 3)):
+        ours = ddp.run_ranks(rank_train, 2, mode, *key)
+        assert_same(ours[0]["state"], torch_ddp[key][0]["state"], f"{mode} {key}")
+        assert_same(ours[0]["state"], ours[1]["state"], f"{mode} {key}: rank 0 against rank 1")
+
+
+def alone(num_micro_batches: int, num_steps: int = 4) -> dict:
+    model = Odd()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        for number in range(num_micro_batches):
+            (loss_of(model, step, number) / num_micro_batches).backward()
+        optimizer.step()
+    return state_of(model)
+
+
+@pytest.mark.parametrize("mode", OURS)
+@pytest.mark.parametrize(("world_size", "ordered"), [(2, False), (4, True)])
+def test_ranks_equal_one_process(mode, world_size, ordered):
+    """N ranks equal one process that accumulates the same N micro-batches bit for bit: 2, and 4 in rank order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = alone(world_size)
+    finally:
+        torch.set_num_threads(threads)
+    for rank, result in enumerate(ddp.run_ranks(rank_train, world_size, mode, ordered)):
+        assert_same(result["state"], expected, f"{mode}, rank {rank} of {world_size}")
+
+
+@pytest.mark.parametrize("mode", [*OURS, "torch"])
+def test_one_process_needs_no_group(mode):
+    """Without a process group every mode leaves the gradients of plain training untouched."""
+    plain = Odd()
+    loss_of(plain, 0, 1).backward()
+    model = ddp.wrap(Odd(), mode)
+    with model.no_sync():
+        pass
+    for _ in range(2):  # twice: a second step must not find the first one unfinished
+        model.zero_grad()
+        loss_of(model, 0, 1).backward()
+        model.finish_gradient_synchronization()
+    assert_same(gradients_of(model.module), gradients_of(plain), mode)
+    assert ddp.all_reduce_sum(2.5) == 2.5 and ddp.broadcast_object([1]) == [1], "collectives of one are identities"
+    assert ddp.on_rank_0(lambda: 3, "nothing") == 3, "on_rank_0 alone returns the result"
+    assert ddp.token_loss_scale(7) == 1 / 7, "alone the scale is 1 / tokens"
+    ddp.barrier("nobody")
+    ddp.shutdown_distributed()
+
+
+# --- messages: how many, in which order, how early, how many bytes ---
+
+
+def rank_messages(ranks, mode, bucket_size_mb=0.002):
+    from torch.profiler import ProfilerActivity, profile
+
+    model = ddp.wrap(Odd(), mode, bucket_size_mb=bucket_size_mb)
+    # rank 1 uses a layer in the middle that rank 0 does not
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss_of(model, 0, ranks.rank).backward()
+        model.finish_gradient_synchronization()
+    calls = sum(event.count for event in profiler.key_averages() if event.key == "c10d::allreduce_")
+    groups = len(getattr(model, "groups", []))
+    return {"calls": calls, "groups": groups, "events": getattr(model, "events", []), "trainable": len(model.trainable)}
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_number_of_messages(mode):
+    """One all-reduce per used gradient and one of flags; one per dtype; one per bucket: as torch's profiler counts."""
+    for result in ddp.run_ranks(rank_messages, 2, mode):
+        num_trainable = result["trainable"]  # two of them, the layer nobody uses, are not sent by the naive rung
+        expected = {"naive": num_trainable - 2 + 1, "flat": 2, "individual": num_trainable + 1}
+        assert result["calls"] == expected.get(mode, result["groups"]), f"{mode}: {result['calls']} messages"
+    if mode == "bucketed":
+        assert 2 < result["groups"] < num_trainable, f"{result['groups']} buckets of {num_trainable} parameters"
+
+
+@pytest.mark.parametrize("mode", ["individual", "bucketed"])
+def test_fixed_order(mode):
+    """Messages leave in the same order on all ranks, also when gradients get ready in different orders."""
+    logs = [result["events"] for result in ddp.run_ranks(rank_messages, 2, mode)]
+    ready = [[number for event, number in log if event == "ready"] for log in logs]
+    sent = [[number for event, number in log if event == "sent"] for log in logs]
+    assert ready[0] != ready[1], f"the ranks should differ in what is ready when: {ready}"
+    assert sent[0] == sent[1] == sorted(sent[0]), f"sent in different orders: {sent}"
+
+
+def deep_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[module for _ in range(9) for module in (nn.Linear(41, 41), nn.Tanh())])
+
+
+def rank_overlap(ranks, mode):
+    model = ddp.wrap(deep_model(), mode, bucket_size_mb=0.0198)  # a layer has 6,888 bytes: three to a bucket
+    model(torch.randn(5, 41)).square().mean().backward()
+    model.finish_gradient_synchronization()
+    return {"events": model.events, "sizes": [len(group) for group in model.groups]}
+
+
+def test_overlap():
+    """All messages but those that hold the very last gradient leave while gradients are still being computed."""
+    for mode, sizes in (("individual", [1] * 18 + [0]), ("bucketed", [6, 6, 6])):
+        for result in ddp.run_ranks(rank_overlap, 2, mode):
+            assert result["sizes"] == sizes, f"{mode}: groups of {result['sizes']} parameters"
+            events = [tuple(event) for event in result["events"]]
+            early = sum(event == "sent" for event, _ in events[: events.index(("ready", 17))])
+            expected = {"individual": 17, "bucketed": 2}[mode]
+            assert early == expected, f"{mode}: {early} of {len(sizes)} sent before the last gradient was ready"
+
+
+def test_plan_buckets():
+    """Buckets keep the order and the limit, start small, stand alone when larger, and hold one dtype each."""
+
+    def sizes(shapes, limit_mb, dtypes=None):
+        parameters = [
+            nn.Parameter(torch.empty(int(mb * 2**18), dtype=dtype))
+            for mb, dtype in zip(shapes, dtypes or [torch.float32] * len(shapes))
+        ]
+        buckets = ddp.plan_buckets(parameters, limit_mb)
+        flat = [parameter for bucket in buckets for parameter in bucket]
+        assert all(a is b for a, b in zip(flat, parameters)) and len(flat) == len(parameters), "order or number changed"
+        return [len(bucket) for bucket in buckets]
+
+    assert sizes([0.5, 0.5, 0.5, 1, 1, 1], 2) == [2, 2, 2], "a first bucket of 1 MB, then 2 MB"
+    assert sizes([3, 0.25, 0.25, 3, 0.5], 1) == [1, 2, 1, 1], "larger than a bucket: alone"
+    assert sizes([0.5, 0.5, 0.5], None) == [3], "no limit: one bucket"
+    assert sizes([0.1] * 3, 1, [torch.float32, torch.float16, torch.float32]) == [1, 1, 1], "one dtype a bucket"
+    for wrong in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="must be positive"):
+            ddp.plan_buckets([nn.Parameter(torch.empty(1))], wrong)
+
+
+def rank_bytes(ranks, mode):
+    model = ddp.wrap(nn.Linear(1000, 300), mode)
+    sent = []
+    for _ in range(8):
+        model.zero_grad()
+        model(torch.ones(1, 1000)).sum().backward()
+        sent.append(ddp.measure_bytes_sent(model.finish_gradient_synchronization))
+    return min(sent)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_on_the_wire(world_size):
+    """A step of the flat rung sends the formula's bytes within 1 %, by the kernel's own count."""
+    if not Path("/proc/net/dev").exists():
+        pytest.skip("no /proc/net/dev here")
+    formula = ddp.bytes_sent_per_rank("all_reduce", 4 * 300_300, world_size)
+    for _ in range(3):  # other programs use the loopback too
+        ratio = ddp.run_ranks(rank_bytes, world_size, "flat")[0] / formula
+        if ratio < 1.01:
+            break
+    assert 0.999 < ratio < 1.01, f"{ratio:.4f} times the formula's bytes"
+
+
+# --- what a mistake looks like ---
+
+
+def rank_mistakes(ranks, mode):
+    model = ddp.wrap(deep_model(), mode)
+    messages = []
+
+    def loss():
+        return model(torch.randn(3, 41)).sum()
+
+    loss().backward()
+    for mistake in (loss, lambda: model.module(torch.randn(3, 41)).sum().backward()):
+        try:
+            mistake()
+            messages.append("nothing raised")
+        except RuntimeError as error:
+            messages.append(str(error))
+    model.finish_gradient_synchronization()
+    return messages
+
+
+@pytest.mark.parametrize("mode", ["individual", "bucketed"])
+def test_mistakes_raise(mode):
+    """A forgotten finish and a second backward without no_sync() raise and name what to do."""
+    for forgotten, twice in ddp.run_ranks(rank_mistakes, 2, mode):
+        assert "finish_gradient_synchronization() was not called" in forgotten, forgotten
+        assert "a second gradient for 16.bias" in twice and "no_sync()" in twice, twice
+
+
+def rank_backward_only(ranks, mode):
+    model = ddp.wrap(deep_model(), mode)
+    loss = model(torch.full((3, 41), 0.1 * (1 + ranks.rank))).sum()
+    with model.no_sync():
+        loss.backward()
+        model.finish_gradient_synchronization()
+    return gradients_of(model.module)
+
+
+@pytest.mark.parametrize("mode", OURS)
+def test_no_sync_around_backward_only(mode):
+    """no_sync() counts at the backward pass: nothing is averaged inside it, wherever forward ran."""
+    for rank, result in enumerate(ddp.run_ranks(rank_backward_only, 2, mode)):
+        expected = deep_model()
+        expected(torch.full((3, 41), 0.1 * (1 + rank))).sum().backward()
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(result[name], parameter.grad, msg=f"{mode}: {name} on rank {rank}")
+
+
+def rank_other_model(ranks, what):
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    if ranks.rank == 1:
+        if what == "shape":
+            model[0] = nn.Linear(5, 3)
+        elif what == "dtype":
+            model[0].weight.data = model[0].weight.data.half()
+        elif what == "frozen":
+            model[0].bias.requires_grad_(False)
+        elif what == "buffer":
+            model[1].register_buffer("extra", torch.ones(1))
+        elif what == "missing":
+            model = nn.Sequential(nn.Linear(3, 5))
+    ddp.wrap(model, "torch" if what == "shape" else "naive")
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("shape", r"0.weight \(3, 5\) torch.float32 trained instead of 0.weight \(5, 3\) torch.float32 trained"),
+        ("dtype", r"0.weight \(5, 3\) torch.float16 trained instead of"),
+        ("frozen", r"0.bias \(5,\) torch.float32 instead of 0.bias \(5,\) torch.float32 trained"),
+        ("buffer", r"1.extra \(1,\) torch.float32 instead of nothing"),
+        ("missing", "nothing instead of 1.weight"),
+    ],
+)
+def test_other_model(what, words):
+    """A rank with another model is named on all ranks, with the first tensor that differs."""
+    with pytest.raises(RankError, match="(?s)rank 1 has another model than rank 0: .*" + words):
+        ddp.run_ranks(rank_other_model, 2, what)
+
+
+def test_wrap_refuses():
+    """Unknown modes, ordered sums asked of torch, and a model with nothing to train are refused in a sentence."""
+    with pytest.raises(ValueError, match="choose one of naive, flat"):
+        ddp.wrap(nn.Linear(2, 2), "fast")
+    with pytest.raises(ValueError, match="rank order"):
+        ddp.wrap(nn.Linear(2, 2), "torch", ordered=True)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        ddp.wrap(nn.Linear(2, 2).requires_grad_(False), "flat")
+
+
+# --- collectives and sums over ranks ---
+
+
+def rank_collectives(ranks):
+    generator = torch.Generator().manual_seed(ranks.rank)
+    mine = torch.randn(103, generator=generator)  # does not divide by 4
+    ordered, pieces = mine.clone(), list(mine.clone().tensor_split(ranks.world_size))
+    ddp.start_ordered_all_reduce(ordered)()
+    share = torch.empty_like(pieces[ranks.rank])
+    ddp.start_reduce_scatter(pieces, share)()
+    total = ddp.all_reduce_sum(mine)
+    counted = ddp.all_reduce_sum(2**53 / 8 + ranks.rank)
+    return {
+        "mine": mine, "ordered": ordered, "share": share, "total": total, "counted": counted,
+        "object": ddp.broadcast_object({"name": f"run-{ranks.rank}"}, 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_collectives(world_size):
+    """Ordered sums equal adding rank by rank to the bit, on every rank; floats are summed in float64."""
+    results = ddp.run_ranks(rank_collectives, world_size)
+    expected = results[0]["mine"].clone()
+    for result in results[1:]:
+        expected += result["mine"]
+    for rank, result in enumerate(results):
+        assert torch.equal(result["ordered"], expected), f"ordered sum on rank {rank} of {world_size}"
+        assert torch.equal(result["share"], expected.tensor_split(world_size)[rank]), f"reduce-scatter, rank {rank}"
+        torch.testing.assert_close(result["total"], expected)
+        assert result["counted"] == world_size * 2**53 / 8 + sum(range(world_size)), "a float's sum was rounded"
+        assert result["object"] == {"name": "run-1"}, f"{result['object']} is not rank 1's object"
+
+
+def rank_uneven_tokens(ranks):
+    torch.manual_seed(3)
+    model = ddp.wrap(nn.Linear(6, 9).double(), "bucketed")
+    inputs, targets = torch.randn(4, 5, 6).double(), torch.randint(9, (4, 5))
+    targets[0, 1:] = -100  # rank 0 keeps 1 + 5 targets of 10
+    targets[3] = -100
+    inputs, targets = inputs.chunk(ranks.world_size)[ranks.rank], targets.chunk(ranks.world_size)[ranks.rank]
+    scale = ddp.token_loss_scale(int((targets != -100).sum()))
+    logits = model(inputs).flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100) * scale
+    loss.backward()
+    model.finish_gradient_synchronization()
+    return {"loss": ddp.all_reduce_sum(loss.item()) / ranks.world_size, "gradients": gradients_of(model.module)}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_mean_over_tokens(world_size):
+    """With different numbers of targets on the ranks, none on one of four, loss and gradients are means over tokens."""
+    [expected] = ddp.run_ranks(rank_uneven_tokens, 1)
+    for result in ddp.run_ranks(rank_uneven_tokens, world_size):
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-14), "loss"
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_no_tokens_at_all():
+    """A step without a single target is refused rather than divided by zero."""
+    with pytest.raises(ValueError, match="every target is ignored"):
+        ddp.token_loss_scale(0)
+
+
+# --- waiting and failing ---
+
+
+def explained(folder, ranks, function):
+    """Run function(); if it raises, leave this rank's explanation in a file, and leave."""
+    try:
+        return function()
+    except Exception as error:
+        Path(folder, f"{ranks.rank}.txt").write_text(ddp.explain_failure(error))
+        os._exit(1)
+
+
+def rank_prepares(ranks, folder, seconds):
+    def work():
+        time.sleep(seconds)
+        if seconds == 0:
+            raise ValueError("no such dataset")
+        return ["data", seconds]
+
+    sys.stderr = io.StringIO()
+    first = explained(folder, ranks, lambda: ddp.on_rank_0(work, "preparing data"))
+    return [first, ddp.on_rank_0(lambda: ranks.rank, "a second thing"), sys.stderr.getvalue()]
+
+
+def test_rank_0_may_take_longer_than_the_timeout(tmp_path):
+    """Waiting for rank 0's preparation is not bounded by the collectives' timeout, and the others say what for."""
+    results = ddp.run_ranks(rank_prepares, 3, str(tmp_path), 4.0, timeout_s=3.0)
+    assert [result[:2] for result in results] == [[["data", 4.0], 0]] * 3, f"{results}"
+    expected = ["", *(f"rank {rank} waits for rank 0: preparing data\n" for rank in (1, 2))]
+    assert [result[2] for result in results] == expected, f"{results}"
+
+
+def test_rank_0_fails_while_others_wait(tmp_path):
+    """When rank 0's preparation fails, the waiting ranks end at once and repeat its reason."""
+    with pytest.raises(RankError):
+        ddp.run_ranks(rank_prepares, 2, str(tmp_path), 0)
+    assert (tmp_path / "0.txt").read_text() == "rank 0 failed: no such dataset"
+    assert (tmp_path / "1.txt").read_text() == "rank 1 stops because rank 0 failed: no such dataset"
+
+
+def rank_fails(ranks, folder, how):
+    model = ddp.wrap(deep_model(), "bucketed")
+
+    def train():
+        for step in range(5):
+            if step == 2 and ranks.rank == 1:
+                if how == "raise":
+                    raise KeyError("bad batch")
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "leave":
+                    os._exit(0)
+                if how == "hang":
+                    time.sleep(5.5)
+                if how == "finish":
+                    return ddp.shutdown_distributed()
+            if step == 2 and how == "barrier":
+                if ranks.rank == 1:
+                    time.sleep(5.5)
+                ddp.barrier("the checkpoint")
+            model(torch.randn(3, 41)).sum().backward()
+            model.finish_gradient_synchronization()
+
+    explained(folder, ranks, train)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "rank 0 stops because rank 1 failed: KeyError: 'bad batch'"),
+        ("kill", "rank 0 stops because rank 1 does not answer (killed, hanging or gone): "),
+        ("leave", "rank 0 stops because rank 1 does not answer (killed, hanging or gone): "),
+        ("hang", "rank 0 stops because rank 1 does not answer (killed, hanging or gone): "),
+        ("finish", "rank 0 stops because rank 1 had already finished, and every rank needs the same number of steps"),
+        ("barrier", "does not answer (killed, hanging or gone): waited in vain for the checkpoint: [Rank 0]: Ranks 1 "),
+    ],
+)
+def test_failing_rank(how, words, tmp_path):
+    """A rank that raises, is killed, leaves, hangs or runs out of data ends the others in time, and they name it."""
+    start, timeout_s = time.time(), 3.0
+    with pytest.raises(RankError):
+        ddp.run_ranks(rank_fails, 3 if how == "raise" else 2, str(tmp_path), how, timeout_s=timeout_s)
+    assert words in (tmp_path / "0.txt").read_text(), (tmp_path / "0.txt").read_text()
+    seconds = (tmp_path / "0.txt").stat().st_mtime - start
+    assert seconds < timeout_s + 5, f"{seconds:.1f} s"
+
+
+def set_torchrun_variables(monkeypatch, **changes):
+    values = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+    for name, value in {**values, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_init_without_torchrun(monkeypatch):
+    """Without torchrun's variables there is one rank and no process group."""
+    set_torchrun_variables(monkeypatch, RANK=None)
+    assert ddp.init_distributed() == ddp.Ranks(0, 0, 1), "not one rank"
+    assert not dist.is_initialized(), "a process group was started"
+
+
+def test_init_refuses(monkeypatch):
+    """Half-set variables, more ranks than GPUs and devices that cannot work together are refused in a sentence."""
+    set_torchrun_variables(monkeypatch, WORLD_SIZE=None)
+    with pytest.raises(ValueError, match="WORLD_SIZE.*start with torchrun"):
+        ddp.init_distributed()
+    set_torchrun_variables(monkeypatch, RANK="1", LOCAL_RANK="1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="rank 1 needs GPU 1, but this machine has 1: start at most 1"):
+        ddp.init_distributed("cuda")
+    with pytest.raises(ValueError, match="not on mps: add --device cpu"):
+        ddp.init_distributed("mps")
+
+
+def test_init_port_in_use(monkeypatch):
+    """A port that another program holds is named with its cure, and not waited for."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        set_torchrun_variables(monkeypatch, MASTER_PORT=str(other.getsockname()[1]))
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="rank 0 of 2 .*another program uses that port"):
+            ddp.init_distributed(timeout_s=3)
+        assert time.monotonic() - start < 3 + 5, f"{time.monotonic() - start:.1f} s"
+
+
+def test_init_alone_of_two(monkeypatch):
+    """A rank whose peers never start gives up after the timeout and says so."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    set_torchrun_variables(monkeypatch, MASTER_PORT=str(port))
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"rank 0 of 2 could not join the others at 127.0.0.1:{port} in 1 s"):
+        ddp.init_distributed(timeout_s=1)
+    assert time.monotonic() - start < 1 + 5, f"{time.monotonic() - start:.1f} s"
+
+
+def test_demo(capsys):
+    """python ddp.py prints a table in which every rung differs from one process by exactly zero."""
+    ddp.main(["--steps", "2"])
+    out = capsys.readouterr().out
+    assert "all_reduce          4.19" in out, f"no formula's bytes in {out}"
+    for mode in ddp.MODES:
+        [line] = [line for line in out.splitlines() if line.startswith(mode + " ")]
+        assert line.split()[1] == "0.0e+00", line
+
+
+# --- whole jobs under torchrun ---
+
+
+def torchrun(how: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    command += [__file__, how, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ddp.__file__).parent)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def worker(how: str, folder: Path) -> None:
+    """What each rank of a torchrun job does: ten steps with a checkpoint after each, and a fault at the fifth."""
+    ranks = ddp.init_distributed(timeout_s=5.0)
+    try:
+        torch.manual_seed(0)
+        model = ddp.wrap(nn.Linear(31, 17), "bucketed")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        checkpoint, first = folder / "checkpoint.pt", 0
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)
+            model.module.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["step"]
+        ddp.barrier("loading the checkpoint")
+        for step in range(first, 10):
+            if step == 5 and ranks.rank == 1 and first == 0:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "raise":
+                    raise ValueError("shard 7 is damaged")
+                if how == "hang":
+                    time.sleep(100)
+                if how == "leave":
+                    sys.exit(0)
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 31, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+            model(inputs).square().mean().backward()
+            model.finish_gradient_synchronization()
+            optimizer.step()
+            if ranks.rank == 0:
+                saved = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(saved, folder / "tmp")
+                os.replace(folder / "tmp", checkpoint)
+            ddp.barrier("the checkpoint")
+        ddp.shutdown_distributed()
+    except Exception as error:
+        print("worker:", ddp.explain_failure(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def seconds_without_fault(tmp_path_factory):
+    begin = time.monotonic()
+    done = torchrun("none", tmp_path_factory.mktemp("none"))
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - begin
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("kill", "Signal 9"),
+        ("raise", "worker: rank 1 failed: shard 7 is damaged"),
+        ("hang", "worker: rank 0 stops because rank 1 does not answer"),
+        ("leave", "worker: rank 0 stops because rank 1 does not answer"),
+    ],
+)
+def test_torchrun_names_the_rank(how, words, tmp_path, seconds_without_fault):
+    """A job whose rank is killed, raises, hangs or leaves ends non-zero within the timeout + 5 s and names the rank."""
+    begin = time.monotonic()
+    done = torchrun(how, tmp_path)
+    seconds = time.monotonic() - begin - seconds_without_fault
+    assert done.returncode != 0, "the job ended as if nothing had happened"
+    assert words in done.stderr, done.stderr
+    assert how != "kill" or "rank      : 1 (local_rank: 1)" in done.stderr, done.stderr
+    assert seconds < 5 + 5, f"{seconds:.1f} s more than a run without the fault"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("attempt", range(5))
+def test_torchrun_restarts(attempt, tmp_path):
+    """After --max-restarts brought back a killed rank, the final weights equal an undisturbed run's bit for bit."""
+    saved = []
+    for how in ("none", "kill"):
+        (tmp_path / how).mkdir()
+        done = torchrun(how, tmp_path / how, "--max-restarts", "1")
+        assert done.returncode == 0, done.stderr
+        saved.append(torch.load(tmp_path / how / "checkpoint.pt", weights_only=True))
+    assert saved[0]["step"] == saved[1]["step"] == 10, f"ended after steps {[each['step'] for each in saved]}"
+    assert_same(saved[0]["model"], saved[1]["model"], "undisturbed against killed and restarted")
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], Path(sys.argv[2]))
