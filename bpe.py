@@ -821,14 +821,14 @@ like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}.
   | {He} had {a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.
 meet: {then} came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so {sad}?"
 then = Along Soon Then Up By_and_by
-day: One {weather} {daytime}
+day: {one} {daytime}
 feast: They {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.
 ever: From then on, | After that, | Ever after, | Afterwards,
 
 lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because {loss}. {He} looked
     {near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3}
     {junk3}. {meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5}
-    {spot4}. "{hooray}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.
+    {spot4}. "{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.
 loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff}
   | the {bag} was (much|far) too full/checked the {bag} every {weekday}
   | nobody had closed the {bag}/closed the {bag} {adverb2}
@@ -839,8 +839,8 @@ loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff}
 broken: {hero} had {a quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2}
     and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
     {adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and
-    mended the {part}. "{hooray}!" {cried} {hero}, and gave them {taste2} {treat2} and {taste3} {treat3}. {ever} {he}
-    {mend}.
+    mended the {part}. "{hooray}!" {cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}.
+    {ever} {he} {mend}.
 damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture}
   | it stood in the {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy}
   | nobody had oiled it/oiled the {part} every {weekday}
@@ -850,13 +850,13 @@ damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far)
 wet = rain snow mud sun
 gale = storm gale whirlwind hurricane blizzard breeze
 
-noise: {day2} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
+noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
     {monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so
     {sad}?" {asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept}
     {adverb} past {a state2} {furniture}, {a look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no
     {monster}, only {source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3}
-    {treat3} in bed, and {hero} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.
-day2: One {weather}
+    {treat3} in bed, and {hero} and {pet} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.
+one: One {weather}
 sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2}
   | tap/a branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2}
   | buzz/a bee in a {container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4}
@@ -869,8 +869,8 @@ sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a
 trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
     {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
     {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}.
-    {feast} That {evening} {his} {trait6} {relative} saw the {thing}. "{pet} gave it to me, because I helped when
-    {problem}," {beamed} {hero}.
+    {feast} That {evening} {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I helped
+    when {problem}," {beamed} {hero}.
 evening = evening night
 problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch
   | the (wind|storm) took the {den}/built one by the {spot}
@@ -880,26 +880,26 @@ problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch
   | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of {stuff2}
   | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2}
 
-quarrel: {His} best friend was {pet}, {a trait4} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4} {spot},
-    they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}. "No,
-    mine!" {snapped2} {pet}. {hero} took it home and tried {hobby2} and {hobby3}, but felt {sad}. So {he} packed
-    {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took it, because
-    {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5} {spot2}. {ever} they
-    could {use} the {thing} every {weekday}.
+quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4}
+    {spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}.
+    "No, mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3}, but felt {sad}. So {he}
+    packed {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the
+    {thing}, because {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5}
+    {spot2}. {ever} both could {use} it.
 reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5} {royal} had
     made it
-  | it looked so {quality2} | it was as {colour3} as {gem} | it came from {a look3} {place3}
+  | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3}
 
 gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
-    {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {he} took
-    {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb} until {late}.
-    {day2} {weekday} {he} {went} to {pet} with the {thing} in {a state3} {container}. "I made it, because {spent},"
-    {said} {hero}. "{hooray}! I can {use} it every {weekday2}," {cried} {pet}. {feast} {ever} {he} {save}.
+    {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero}
+    took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb} until
+    {late}. {one} {weekday} {he} {went} to {pet} with the {thing} in {a state3} {container}. "I made it, because
+    {spent}," {said} {hero}. "{hooray}! I can {use} it every {weekday2}," {cried} {pet}. {feast} {ever} {he} {save}.
 late = noon dusk dark midnight sunset supper dinner
 spent/save: the money went on {a look4} {garment3}/bought no {garment3} again
-  | {a scary} {thief} took the money/hid it from every {thief}
+  | {a scary} {thief} took the money/hid the money from every {thief}
   | the coins fell down {a look4} drain/kept coins in {a state4} {container}
-  | the money went to {a trait5} {worker}/did the work of the {worker}
+  | the money went to {a trait5} {worker}/saved some coins for the {worker}
   | the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
 
 hero/child/he/his/him = {girl}/girl/she/her/her {boy}/boy/he/his/him
@@ -986,7 +986,7 @@ spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing sta
   birdbath sundial beehive maple hammock flagpole wheelbarrow
 state = rusty muddy dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly
   stained spare sticky weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet
-  oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty used drab
+  oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty drab
 junk = boot spoon bottle brick button comb fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble
   tyre wheel chain doorknob colander cog anchor flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet
   pulley tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop dish clog
