@@ -1,0 +1,177 @@
+"""sample.py: distributions against brute force, the cache against recomputing, text against its bytes."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from model import ModelConfig, TransformerLM
+from sample import TextStream, generate, next_token_probabilities
+
+
+def tiny_model(**more) -> TransformerLM:
+    torch.manual_seed(0)
+    config = dict(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    model = TransformerLM(ModelConfig(**{**config, **more})).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # far from uniform, so that greedy choices mean something
+    return model
+
+
+def brute_force(logits, temperature, top_k, top_p):
+    """The definition, token by token in Python floats."""
+    p = torch.softmax(logits.double() / temperature, -1).tolist()
+    order = sorted(range(len(p)), key=lambda v: (-p[v], v))
+    kept = order[:top_k]
+    if top_p is not None:
+        total, nucleus = sum(p[v] for v in kept), []
+        for v in kept:
+            nucleus.append(v)
+            if sum(p[u] for u in nucleus) / total >= top_p:
+                break
+        kept = nucleus
+    total = sum(p[v] for v in kept)
+    return torch.tensor([p[v] / total if v in kept else 0.0 for v in range(len(p))])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k, top_p", [(None, None), (5, None), (None, 0.6), (7, 0.8), (1, None), (None, 1e-9)])
+def test_filters_equal_the_definition(temperature, top_k, top_p):
+    """Temperature, top-k and top-p, alone and together, equal a loop over sorted probabilities."""
+    logits = torch.randn(31, generator=torch.Generator().manual_seed(1)) * 2
+    ours = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    torch.testing.assert_close(ours, brute_force(logits, temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
+    assert ours.sum().item() == pytest.approx(1)
+
+
+def test_zero_temperature_is_greedy():
+    """temperature 0 puts everything on the greatest logit, row by row."""
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(next_token_probabilities(logits, temperature=0.0).argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("more", [{}, {"num_kv_heads": 4}, {"pos": "none"}, {"qk_norm": True, "ffn": "relu2"}])
+@pytest.mark.parametrize("prompts", [[[1]], [[1, 2, 3, 4, 5], [7], [8, 9, 10]], [list(range(40))]])
+def test_cache_equals_recomputing(more, prompts):
+    """Token for token the same text with and without the cache, over full windows, for prompts of unequal lengths."""
+    model = tiny_model(**more)
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "seed": 5}):
+        naive = list(generate(model, prompts, 45, use_cache=False, **options))
+        cached = list(generate(model, prompts, 45, use_cache=True, **options))
+        assert naive == cached
+        assert len(naive) == 45 and len(set(map(tuple, naive))) > 3, "a text that never changes would prove nothing"
+
+
+def test_greedy_text_is_the_argmax_of_the_whole_context():
+    """Without the cache and before the window is full, every token is the argmax of a plain forward over all so far."""
+    model, text = tiny_model(), [3, 1, 4]
+    for (token,) in generate(model, [[3, 1, 4]], 12, temperature=0.0, use_cache=False):
+        assert token == model(torch.tensor([text]))[0, -1].argmax().item()
+        text.append(token)
+
+
+def test_a_full_window_keeps_its_last_half():
+    """When 16 tokens are there, the next prediction reads the last 8 and the new one: the rule as stated."""
+    model, prompt = tiny_model(), [5, 6, 7]
+    text = prompt + [row[0] for row in generate(model, [prompt], 40, temperature=0.0)]
+    window = list(prompt)
+    for token in text[len(prompt) :]:
+        assert token == model(torch.tensor([window]))[0, -1].argmax().item()
+        window = (window[-8:] if len(window) == 16 else window) + [token]
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    """A prompt among longer and shorter ones continues as it does alone with the same seed."""
+    model = tiny_model()
+    together = list(generate(model, [[1, 2, 3, 4], [9]], 10, seed=3))
+    alone = list(generate(model, [[9]], 10, seed=4))
+    assert [row[1] for row in together] == [row[0] for row in alone]
+
+
+def test_stop_token_ends_a_row_and_then_the_text():
+    """A row is None from its stop token on, the stop token is not shown, and the loop ends when all have stopped."""
+    model = tiny_model()
+    free = [row[0] for row in generate(model, [[1]], 30, seed=1)]
+    stop = free[6]
+    stopped = [row[0] for row in generate(model, [[1]], 30, seed=1, stop_id=stop)]
+    assert stopped == free[: free.index(stop)]
+
+
+def test_text_is_never_half_a_character():
+    """Characters of two to four bytes, cut anywhere, come out whole; bytes that are no character become U+FFFD."""
+    text = "naïve – 牛 🙂!"
+    stream = TextStream({b: bytes([b]) for b in range(256)})
+    pieces = [stream.push(b) for b in text.encode("utf-8")] + [stream.finish()]
+    assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces)
+    broken = TextStream({0: b"a", 1: b"\xf0\x9f"})
+    assert broken.push(0) + broken.push(1) + broken.finish() == "a\ufffd"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 400, encoding="utf-8")
+    train.main([f"--dataset={folder / 'text.txt'}", f"--data_dir={folder / 'data'}", f"--out_dir={folder}",
+                "--vocab_size=270", "--context_length=16", "--d_model=32", "--num_layers=1", "--num_heads=2",
+                "--batch_size=8", "--max_steps=30", "--eval_interval=30", "--lr=0.02", "--device=cpu"])
+    return folder / "text-1"
+
+
+def test_command_line_writes_a_text(run, capsys):
+    """The prompt comes first, the text is the same with and without the cache, and the seed decides it."""
+    texts = []
+    for more in ([], ["--no_cache"], ["--seed=1"]):
+        sample.main([f"--run={run}", "--prompt=the cat", "--max_new_tokens=30", "--device=cpu", *more])
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("the cat") and len(texts[0]) > 20
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_samples_and_a_long_prompt(run, capsys):
+    """Four samples are four texts; a prompt longer than the context is cropped and said; special tokens are read."""
+    sample.main([f"--run={run}", "--num_samples=4", "--max_new_tokens=12", "--device=cpu",
+                 "--prompt", "the cat sat. " * 20 + "<|endoftext|>"])
+    printed = capsys.readouterr()
+    assert printed.out.count("\n--- ") == 3 and "sees the last 16" in printed.err
+    assert "tokens/s" in printed.err and "bytes a token" in printed.err
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--temperature=-1"], "temperature"), (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
+    (["--max_new_tokens=0"], "max_new_tokens"), (["--device=cuda:9"], "--device"),
+    (["--run=no/such/run"], "no/such/run"),
+])
+def test_mistakes_are_one_sentence(run, capsys, more, said):
+    """A mistake ends in one line on stderr and exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--run={run}", "--device=cpu", *more])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("sample.py: ") and error.count("\n") == 1 and said in error, error
+
+
+def test_damaged_runs_are_refused(run, tmp_path, capsys):
+    """A cut checkpoint, and a tokenizer that is not the run's: one sentence each."""
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    checkpoint = max(copy.glob("checkpoint_*.pt"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        sample.main([f"--run={copy}", "--device=cpu"])
+    assert "not a readable checkpoint" in capsys.readouterr().err
+    shutil.copyfile(max(run.glob("checkpoint_*.pt")), checkpoint)
+    merges = (copy / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (copy / "merges.txt").write_text("\n".join(merges[:-1]) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--run={copy}", "--device=cpu"])
+    assert stopped.value.code == 2
+
+
+def test_doctests():
+    """The worked examples in the docstrings are true."""
+    assert doctest.testmod(sample).failed == 0

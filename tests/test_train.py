@@ -1,0 +1,486 @@
+"""train.py: each part against PyTorch or brute force; whole runs against themselves, bit for bit."""
+
+import doctest
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from bpe import UserError
+from model import ModelConfig, TransformerLM
+from train import (
+    AdamW,
+    clip_gradients,
+    cross_entropy,
+    get_batch,
+    get_lr_cosine_schedule,
+    latest_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    read_log,
+    save_checkpoint,
+)
+
+TINY = dict(vocab_size=61, context_length=12, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+TEXT = "".join(f"The {a} {b} sat on the {c}. " for a in ("old", "red", "wet") for b in ("cat", "dog") for c in
+               ("mat", "log", "roof")) * 12
+
+
+def tiny_model(seed: int = 0) -> TransformerLM:
+    torch.manual_seed(seed)
+    return TransformerLM(ModelConfig(**TINY))
+
+
+# --- The loss ---
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), ()])
+def test_cross_entropy_equals_torch(shape):
+    """Loss and gradient equal torch.nn.functional.cross_entropy for any leading dimensions."""
+    torch.manual_seed(0)
+    logits = torch.randn(*shape, 41, dtype=torch.float32) * 5
+    targets = torch.randint(41, shape)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = cross_entropy(ours, targets)
+    expected = torch.nn.functional.cross_entropy(theirs.reshape(-1, 41), targets.reshape(-1))
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_cross_entropy_is_stable():
+    """Scores of +-1e4 give the exact loss where exp would overflow, and bfloat16 scores are summed in float32."""
+    logits = torch.tensor([[1e4, -1e4, 0.0]])
+    assert cross_entropy(logits, torch.tensor([0])).item() == 0.0
+    assert cross_entropy(logits, torch.tensor([1])).item() == 2e4
+    flat = torch.zeros(1, 10_000, dtype=torch.bfloat16)
+    assert cross_entropy(flat, torch.tensor([3])).item() == pytest.approx(math.log(10_000), rel=1e-6)
+
+
+# --- The optimizer ---
+
+
+def test_adamw_is_torchs_to_the_last_bit():
+    """25 steps over two groups, one parameter without gradients now and then: the same bits as torch.optim.AdamW."""
+    def parameters():
+        torch.manual_seed(1)
+        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,), (2, 2, 2))]
+
+    ours, theirs = parameters(), parameters()
+    groups = lambda ps: [{"params": ps[:1], "weight_decay": 0.2}, {"params": ps[1:], "weight_decay": 0.0, "lr": 3e-3}]  # noqa: E731
+    options = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-7)
+    a = AdamW(groups(ours), **options)
+    b = torch.optim.AdamW(groups(theirs), foreach=False, fused=False, **options)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(25):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator) if (step + p.ndim) % 3 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q), f"largest difference {(p - q).abs().max().item()}"
+
+
+def test_adamw_state_survives_a_round_trip():
+    """Saving and loading the state in mid-run changes no later bit, and the step count stays an int."""
+    def steps(optimizer, p, first, last):
+        for step in range(first, last):
+            p.grad = torch.sin(p.detach() * step)
+            optimizer.step()
+
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 11))
+    q = torch.nn.Parameter(p.detach().clone())
+    whole, first_half = AdamW([p], lr=0.1), AdamW([q], lr=0.1)
+    steps(whole, p, 0, 8)
+    steps(first_half, q, 0, 4)
+    second_half = AdamW([q], lr=0.5)
+    second_half.load_state_dict(first_half.state_dict())
+    steps(second_half, q, 4, 8)
+    assert torch.equal(p, q)
+    assert second_half.state[q]["step"] == 8
+
+
+def test_adamw_decays_where_the_gradient_is_zero():
+    """Decay uses the base rate and applies to zero gradients; a parameter whose grad is None is left alone."""
+    p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.zeros(3)
+    AdamW([p, q], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(p, torch.full((3,), 0.95)) and torch.equal(q, torch.ones(3))
+
+
+def test_adamw_refuses_nonsense():
+    """A negative rate or a beta of 1 is a ValueError."""
+    with pytest.raises(ValueError, match="lr"):
+        AdamW([torch.nn.Parameter(torch.ones(1))], lr=-1.0)
+    with pytest.raises(ValueError, match="betas"):
+        AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, 1.0))
+
+
+# --- Learning rate and clipping ---
+
+
+def test_schedule_has_exact_ends():
+    """0 at step 0, exactly max at the end of warm-up, exactly min at the end of the cosine and after it."""
+    lr = [get_lr_cosine_schedule(it, 0.7, 0.07, 10, 50) for it in range(61)]
+    assert lr[0] == 0 and lr[10] == 0.7 and lr[50] == 0.07 and lr[60] == 0.07
+    assert lr[30] == pytest.approx((0.7 + 0.07) / 2)
+    assert all(a < b for a, b in zip(lr[:10], lr[1:11])) and all(a > b for a, b in zip(lr[10:50], lr[11:51]))
+
+
+def test_schedule_without_warmup_or_cosine():
+    """warmup_iters 0 starts at max; a cosine of no length falls from max to min in one step, without dividing by 0."""
+    assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0
+    assert get_lr_cosine_schedule(5, 1.0, 0.1, 5, 5) == 1.0
+    assert get_lr_cosine_schedule(6, 1.0, 0.1, 5, 5) == 0.1
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_clipping_equals_torch(limit):
+    """The norm and the clipped gradients are torch.nn.utils.clip_grad_norm_'s, for a generator with gaps."""
+    torch.manual_seed(3)
+    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 3), (5,), (2,))]
+    for p in ours[:2]:
+        p.grad = torch.randn(p.shape)
+    theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
+    for p, q in zip(ours[:2], theirs):
+        q.grad = p.grad.clone()
+    before = [p.grad.clone() for p in ours[:2]]
+    norm = clip_gradients((p for p in ours), limit)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit))
+    for p, q, unclipped in zip(ours[:2], theirs, before):
+        torch.testing.assert_close(p.grad, q.grad)
+        assert limit < 1 or torch.equal(p.grad, unclipped), "below the limit nothing may change, not even a rounding"
+    assert clip_gradients([], 1.0).item() == 0
+
+
+# --- Batches ---
+
+
+def test_batches_are_windows_and_their_successors(tmp_path):
+    """Targets are the inputs moved by one, from a memory map of uint16; every start can come up, the last one too."""
+    np.save(tmp_path / "tokens.npy", np.arange(1000, 1023, dtype=np.uint16))
+    tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    inputs, targets = get_batch(tokens, 500, 5, "cpu", rng=np.random.default_rng(0))
+    assert inputs.shape == targets.shape == (500, 5) and inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs + 1, targets)
+    assert set(inputs[:, 0].tolist()) == set(range(1000, 1018)), "n - T = 18 starts, the last target is the last token"
+
+
+def test_ranks_read_disjoint_rows_of_one_batch():
+    """The rows that two ranks read are together the batch that one process reads."""
+    tokens = np.arange(10_000, dtype=np.uint16)
+    read = lambda rows: get_batch(tokens, 8, 4, "cpu", rng=np.random.default_rng((7, 3)), rows=rows)[0]  # noqa: E731
+    assert torch.equal(torch.cat([read(slice(0, 4)), read(slice(4, 8))]), read(slice(None)))
+
+
+def test_batches_from_too_little():
+    """A corpus shorter than a window is one sentence; a device that is not there is an error, not a fallback."""
+    with pytest.raises(UserError, match="fewer than one window"):
+        get_batch(np.arange(5, dtype=np.uint16), 2, 5, "cpu")
+    with pytest.raises((RuntimeError, AssertionError)):
+        get_batch(np.arange(50, dtype=np.uint16), 2, 5, "no_such_device")
+
+
+# --- Checkpoints ---
+
+
+def trained_pair(seed: int = 0):
+    model = tiny_model(seed)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    x = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(seed))
+    cross_entropy(model(x), x).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", ["path", "file object"])
+def test_checkpoint_round_trip(tmp_path, kind):
+    """Model, optimizer and iteration come back bit-equal from a path and from a file object; no temporary stays."""
+    model, optimizer = trained_pair()
+    out = tmp_path / "c.pt" if kind == "path" else io.BytesIO()
+    save_checkpoint(model, optimizer, 17, out)
+    if kind == "file object":
+        out.seek(0)
+    other, other_optimizer = trained_pair(1)
+    assert load_checkpoint(out, other, other_optimizer) == 17
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), name
+    for a, b in zip(optimizer.state.values(), other_optimizer.state.values()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"]
+    assert [path.name for path in tmp_path.iterdir()] == (["c.pt"] if kind == "path" else [])
+
+
+def test_checkpoint_names_are_the_models_own(tmp_path):
+    """A compiled or wrapped model saves under plain names, and such a checkpoint loads into a wrapped one."""
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model, optimizer = trained_pair()
+    save_checkpoint(Wrapper(torch.compile(model)), optimizer, 1, tmp_path / "c.pt")
+    assert set(read_checkpoint(tmp_path / "c.pt")["model"]) == set(model.state_dict())
+    assert load_checkpoint(tmp_path / "c.pt", Wrapper(tiny_model(1)), None) == 1
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    """A flipped bit in the stored weights, a cut file, a foreign file and another model: one sentence each."""
+    model, optimizer = trained_pair()
+    path = tmp_path / "c.pt"
+    save_checkpoint(model, optimizer, 1, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    position = largest.header_offset + 200 + largest.file_size // 2
+    for damaged in (whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :], whole[: len(whole) // 2],
+                    b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            load_checkpoint(path, model, optimizer)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "missing.pt", model, optimizer)
+    path.write_bytes(whole)
+    other = TransformerLM(ModelConfig(**{**TINY, "d_model": 16}))
+    with pytest.raises(UserError, match="another model"):
+        load_checkpoint(path, other, None)
+
+
+# --- Whole runs ---
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "cats.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def flags(corpus: Path, out: Path, *more: str) -> list[str]:
+    common = dict(dataset=corpus / "cats.txt", data_dir=corpus / "data", out_dir=out, vocab_size=256, context_length=12,
+                  d_model=32, num_layers=2, num_heads=4, d_ff=48, batch_size=8, max_steps=10, lr=1e-2, log_interval=1,
+                  eval_interval=5, save_interval=5, device="cpu", dtype="float32")
+    typed = {item.split("=")[0].removeprefix("--") for item in more}
+    return [f"--{name}={value}" for name, value in common.items() if name not in typed] + list(more)
+
+
+def final_state(out: Path, name: str = "cats-1") -> dict:
+    return read_checkpoint(latest_checkpoint(out / name))
+
+
+def assert_equal_runs(a: dict, b: dict) -> None:
+    assert a["iteration"] == b["iteration"], f"{a['iteration']} steps against {b['iteration']}"
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), f"{name} differs"
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][key][name]))
+                   for name, value in state.items()), f"optimizer state {key} differs"
+
+
+def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
+    """The folder holds config, tokenizer, log and the last two checkpoints; the log's keys are the documented ones."""
+    train.main(flags(corpus, tmp_path, "--max_steps=40", "--eval_interval=20"))
+    run = tmp_path / "cats-1"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "vocab.json", "merges.txt", "log.jsonl", "checkpoint_00000040.pt",
+                     "checkpoint_00000035.pt"}
+    assert len(list(run.glob("checkpoint_*.pt"))) == 2 and not [n for n in names if n.endswith(".tmp")]
+    lines = read_log(run / "log.jsonl")
+    losses = [line for line in lines if "train_loss" in line]
+    scores = [line for line in lines if "val_loss" in line]
+    assert all(line.keys() == {"step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"}
+               for line in losses)
+    assert all(line.keys() == {"step", "tokens", "seconds", "val_loss", "val_bits_per_byte"} for line in scores)
+    assert [line["step"] for line in scores] == [0, 20, 40]
+    assert abs(scores[0]["val_loss"] - math.log(256)) < 0.2, "an untrained model knows nothing: ln 256"
+    assert scores[-1]["val_loss"] < 2.0 < losses[0]["train_loss"]
+    # one byte a token: bits per byte are the nats per token, in bits
+    assert scores[-1]["val_bits_per_byte"] == pytest.approx(scores[-1]["val_loss"] / math.log(2))
+    assert losses[-1]["tokens"] == 40 * 8 * 12
+    printed = capsys.readouterr().out
+    assert "sample.py --run" in printed and all(len(line) <= 100 for line in printed.splitlines() if "step" in line[:4])
+
+
+@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--grad_accum_steps=2", "--warmup_steps=3", "--qk_norm")])
+def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
+    """10 steps equal 5 + resume + 5, bit for bit, in parameters, optimizer and losses, with dropout too."""
+    train.main(flags(corpus, tmp_path / "whole", *more))
+    with pytest.raises(SystemExit) as stopped:  # a signal during step 5
+        interrupt_at(5, signal.SIGTERM, flags(corpus, tmp_path / "parts", *more))
+    assert stopped.value.code == 143
+    assert final_state(tmp_path / "parts")["iteration"] == 5
+    train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
+    assert_equal_runs(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+    a, b = (read_log(tmp_path / out / "cats-1" / "log.jsonl") for out in ("whole", "parts"))
+    timeless = lambda lines: [{k: v for k, v in line.items() if "second" not in k} for line in lines]  # noqa: E731
+    assert timeless(a) == timeless(b)
+
+
+def interrupt_at(step: int, number: int, argv: list[str]) -> None:
+    """Run train.main and send ourselves a signal in the middle of the given step."""
+    original = train.get_batch
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        accumulation = next((int(a.split("=")[1]) for a in argv if a.startswith("--grad_accum_steps")), 1)
+        if len(calls) == step * accumulation:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    train.get_batch = counting
+    try:
+        train.main(argv)
+    finally:
+        train.get_batch = original
+
+
+def test_accumulation_is_the_same_training(corpus, tmp_path):
+    """Two micro-batches of 4 give the losses of one batch of 8, up to rounding."""
+    train.main(flags(corpus, tmp_path / "one"))
+    train.main(flags(corpus, tmp_path / "two", "--grad_accum_steps=2"))
+    a, b = final_state(tmp_path / "one")["model"], final_state(tmp_path / "two")["model"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+def test_overfit_one_batch(corpus, tmp_path, capsys):
+    """On a single batch the loss goes to nearly zero, and nothing is written."""
+    more = ("--overfit_one_batch", "--max_steps=150", "--log_interval=150", "--batch_size=2")
+    train.main(flags(corpus, tmp_path, *more))
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][-1]
+    assert float(last.split("loss")[1].split()[0]) < 0.1, last
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_dry_run_allocates_and_writes_nothing(tmp_path, capsys):
+    """--dry_run states parameters, memory, tokens and time of a model far too large for this machine, in a moment."""
+    folders = [f"--out_dir={tmp_path / 'runs'}", f"--data_dir={tmp_path / 'data'}"]
+    train.main(["--dry_run", "--preset=7b", "--device=cpu", *folders])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "FLOPs", "memory", "tokens", "time"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_is_the_mean_over_all_windows(corpus, tmp_path):
+    """The logged validation loss equals a loop over the text, one window and one token at a time."""
+    train.main(flags(corpus, tmp_path))
+    payload = final_state(tmp_path)
+    model = TransformerLM(ModelConfig(**payload["config"])).eval()
+    model.load_state_dict(payload["model"])
+    tokens = np.load(next((corpus / "data").glob("**/bpe256/val.npy"))).astype(np.int64)
+    nats = []
+    for start in range(0, len(tokens) - 1, 12):
+        window = torch.from_numpy(tokens[start : start + 13])
+        log_p = torch.log_softmax(model(window[None, :-1])[0].double(), dim=-1)
+        nats += [-log_p[t, window[t + 1]].item() for t in range(len(window) - 1)]
+    logged = read_log(tmp_path / "cats-1" / "log.jsonl")[-1]["val_loss"]
+    assert len(nats) == len(tokens) - 1
+    assert logged == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+
+
+# --- Mistakes ---
+
+
+@pytest.mark.parametrize("more, said", [
+    (("--d_model=30",), "num_heads"),
+    (("--batch_size=9", "--grad_accum_steps=2"), "multiple of 2"),
+    (("--max_steps=0",), "max_steps"),
+    (("--lr=-1",), "lr"),
+    (("--device=cuda:7",), "--device"),
+    (("--context_length=6000",), "fewer than one window"),
+    (("--dataset=no/such/file.txt",), "no/such/file.txt"),
+    (("--num_kv_heads=3",), "num_kv_heads"),
+])
+def test_mistakes_are_one_sentence(corpus, tmp_path, capsys, more, said):
+    """A mistake ends in one line on stderr that names it, exit code 2, and leaves no run folder."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(corpus, tmp_path / "out", *more))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and said in error, error
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_run_is_never_overwritten(corpus, tmp_path, capsys):
+    """A taken --run_name is refused; without a name the next free number is taken."""
+    train.main(flags(corpus, tmp_path, "--max_steps=1"))
+    with pytest.raises(SystemExit):
+        train.main(flags(corpus, tmp_path, "--max_steps=1", "--run_name=cats-1"))
+    assert "holds a run already" in capsys.readouterr().err
+    train.main(flags(corpus, tmp_path, "--max_steps=1"))
+    assert (tmp_path / "cats-2" / "log.jsonl").exists()
+
+
+def test_resuming_keeps_the_settings(corpus, tmp_path, capsys):
+    """A typed flag that differs from the run's is refused by name; max_steps may change, and the log goes on."""
+    train.main(flags(corpus, tmp_path))
+    place = ["--resume", f"--out_dir={tmp_path}", f"--data_dir={corpus / 'data'}", "--device=cpu"]
+    with pytest.raises(SystemExit):
+        train.main([*place, "--lr=0.5"])
+    assert "--lr 0.5 differs" in capsys.readouterr().err
+    log = tmp_path / "cats-1" / "log.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 99, "tok')  # torn by a kill
+    train.main([*place, "--max_steps=12", "--lr=0.01"])
+    steps = [line["step"] for line in read_log(log) if "train_loss" in line]
+    assert steps == list(range(1, 13))
+    assert json.loads((tmp_path / "cats-1" / "config.json").read_text())["train"]["max_steps"] == 12
+    with pytest.raises(SystemExit):
+        train.main(["--resume", f"--out_dir={tmp_path / 'nowhere'}"])
+    assert "no run" in capsys.readouterr().err
+
+
+def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
+    """A loss that is not a number ends the run with the step, and no checkpoint holds it."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(corpus, tmp_path, "--lr=1e30", "--norm=none", "--grad_clip=1e30", "--warmup_steps=0"))
+    assert stopped.value.code == 2 and "the loss is" in capsys.readouterr().err
+    for path in (tmp_path / "cats-1").glob("checkpoint_*.pt"):
+        assert all(value.isfinite().all() for value in read_checkpoint(path)["model"].values()), path
+
+
+# --- Several processes ---
+
+
+def torchrun(corpus: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *flags(corpus, out, *more)], capture_output=True, text=True, timeout=120,
+                          env=environment, cwd=Path(__file__).parent.parent)
+
+
+def test_two_processes_equal_two_micro_batches(corpus, tmp_path):
+    """torchrun with --ddp bucketed on two processes: the bits of one process that accumulates two micro-batches."""
+    done = torchrun(corpus, tmp_path / "two", "--ddp=bucketed", "--dropout=0.1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main(flags(corpus, tmp_path / "one", "--grad_accum_steps=2", "--dropout=0.1"))
+    torch.set_num_threads(threads)
+    assert_equal_runs(final_state(tmp_path / "one"), final_state(tmp_path / "two"))
+    a, b = (read_log(tmp_path / out / "cats-1" / "log.jsonl") for out in ("one", "two"))
+    assert [line["train_loss"] for line in a if "train_loss" in line] == [
+        line["train_loss"] for line in b if "train_loss" in line]
+
+
+def test_two_processes_without_ddp_are_refused(corpus, tmp_path):
+    """Several processes with --ddp none would train apart: refused in one sentence by every rank."""
+    done = torchrun(corpus, tmp_path)
+    assert done.returncode != 0 and "add --ddp bucketed" in done.stderr
+
+
+def test_doctests():
+    """The worked examples in the docstrings are true."""
+    assert doctest.testmod(train).failed == 0

@@ -1,0 +1,966 @@
+"""Train a language model: one optimizer step, then many of them, on one process or several.
+
+One step is five lines: take a batch of token windows, predict every next token, measure the surprise in nats
+(cross-entropy), differentiate, and let the optimizer move the parameters against the gradient,
+
+    loss(theta) = mean over tokens of  -log p_theta(next token | tokens before it)
+    theta      <- theta - lr * AdamW(gradient of the loss)
+
+Everything else in this file makes those five lines repeatable: a batch is a pure function of (seed, step), so a run
+can stop and go on with the same bits; a checkpoint is written whole or not at all; what was measured stands in a log.
+
+    python train.py                                    # TinyStories (or built-in stories): minutes on a laptop
+    python train.py --dataset shakespeare --max_steps 500
+    python train.py --dry_run --preset gpt2-small      # parameters, FLOPs, memory and time; nothing is allocated
+    python train.py --resume --max_steps 4000          # go on with the newest run
+    torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed
+
+    1. The loss                        4. Batches                   7. Writing down what happened
+    2. The optimizer                   5. Checkpoints               8. Settings: one default, one place
+    3. Learning rate and clipping      6. Evaluation                9. The run
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpe import END_OF_TEXT, Tokenizer, UserError, load_tokens, prepare, story_nats
+from ddp import (
+    RankFailure,
+    Ranks,
+    all_reduce_sum,
+    broadcast_object,
+    explain_failure,
+    init_distributed,
+    on_rank_0,
+    shutdown_distributed,
+    wrap,
+)
+from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_per_token, training_memory
+
+# --- 1. The loss ---
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean.
+
+    Softmax divides exp(x) by a sum of exps; the log of it cancels the exp of the target's own score, which leaves
+
+        loss = log(sum_v exp(x_v)) - x_target
+
+    and subtracting max(x) from every score changes neither side but keeps exp from overflowing. It is computed in
+    float32 whatever the logits are: bfloat16 has three digits, and a sum over a vocabulary needs more.
+    `reduction="none"` returns the loss of every token, (...). Equal to torch.nn.functional.cross_entropy.
+
+    >>> round(cross_entropy(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([2])).item(), 5), round(math.log(4), 5)
+    (1.38629, 1.38629)
+    >>> cross_entropy(torch.tensor([[0.0, 1e6]]), torch.tensor([1])).item()   # the naive exp(1e6) would be infinite
+    0.0
+    """
+    assert logits.shape[:-1] == targets.shape, f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}"
+    assert reduction in ("mean", "none"), f"reduction is 'mean' or 'none', not {reduction!r}"
+    logits = logits.float()  # (..., V)
+    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)  # (..., V): the largest is 0
+    log_normalizer = shifted.exp().sum(dim=-1).log()  # (...)
+    losses = log_normalizer - shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
+    return losses.mean() if reduction == "mean" else losses
+
+
+# --- 2. The optimizer ---
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2). For a parameter p with gradient g:
+
+        p <- p - lr * weight_decay * p          shrink first, by the base rate, whatever the gradient is
+        m <- beta1 * m + (1 - beta1) * g        running mean of the gradient
+        v <- beta2 * v + (1 - beta2) * g^2      running mean of its square
+        p <- p - lr * m_hat / (sqrt(v_hat) + eps)
+
+    m and v start at zero, so after t steps they are too small by 1 - beta^t; m_hat and v_hat divide that out. The
+    ratio m / sqrt(v) is about +-1 for a steady gradient of any size, which is why one lr fits all layers.
+    The operations are torch.optim.AdamW's in its order, so that both give the same bits (tested).
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, it is {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), they are {betas}")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One update of every parameter that has a gradient; the others are skipped whole, decay included."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                p.mul_(1 - lr * group["weight_decay"])
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                denominator = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
+                p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
+        return loss
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, gains of norms do not: shrinking a gain only rescales what the next matrix undoes."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+# --- 3. Learning rate and clipping ---
+
+
+def get_lr_cosine_schedule(
+    it: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int
+) -> float:
+    """Linear warm-up from 0 to max_lr at it == warmup_iters, half a cosine down to min_lr at it == cosine_cycle_iters,
+    min_lr ever after; both ends are exact. Warm-up keeps the first steps short while AdamW's averages are still noise.
+
+    >>> [get_lr_cosine_schedule(it, 1.0, 0.1, 2, 6) for it in (0, 1, 2, 4, 6, 9)]
+    [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
+    """
+    if it < warmup_iters:
+        return max_lr * it / warmup_iters
+    if it >= cosine_cycle_iters:  # before the cosine: it also covers cosine_cycle_iters == warmup_iters
+        return min_lr if it > warmup_iters or cosine_cycle_iters > warmup_iters else max_lr
+    progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)  # 0 ... 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
+    """Scale all gradients together, in place, so that their joint l2 norm is at most max_l2_norm; returns the norm
+    they had, a scalar tensor. Below the limit nothing changes, not even a rounding. (Pascanu et al. 2013, section 3.2)
+
+    The norm stays a tensor and the choice is made by torch.where: on a GPU, asking Python `if norm > limit` would
+    wait for every kernel in flight.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]  # a list: `parameters` may be a generator
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.stack([gradient.norm().float().to(gradients[0].device) for gradient in gradients]).norm()
+    scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device, gradient.dtype))
+    return norm
+
+
+# --- 4. Batches ---
+
+
+def num_starts(tokens: np.ndarray, context_length: int) -> int:
+    """How many windows of context_length tokens and one more the corpus holds."""
+    if len(tokens) <= context_length:
+        raise UserError(f"the corpus has {len(tokens):,} tokens, fewer than one window of {context_length} + 1: "
+                        f"lower --context_length or take a longer text")
+    return len(tokens) - context_length
+
+
+def get_batch(
+    tokens: np.ndarray,
+    batch_size: int,
+    context_length: int,
+    device: str | torch.device,
+    *,
+    rng: np.random.Generator | None = None,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
+
+    Starts 0 ... n - T - 1 are equally likely (the last window's last target is the last token). All batch_size starts
+    are drawn from `rng`, then `rows` of them are read: the ranks of a distributed run draw the same starts and each
+    reads its share. `tokens` may be a memory map; only the windows are read from disk.
+    """
+    starts = (rng or np.random.default_rng()).integers(num_starts(tokens, context_length), size=batch_size)[rows]
+    windows = np.stack([tokens[start : start + context_length + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
+    batch = torch.from_numpy(windows)
+    device = torch.device(device)
+    if device.type == "cuda":  # pinned memory lets the copy run while the GPU computes
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:
+        batch = batch.to(device)
+    return batch[:, :-1], batch[:, 1:]  # (B, T), (B, T)
+
+
+def seed_dropout(seed: int, step: int, slice_number: int) -> None:
+    """Seed torch's generators from where training stands, so that a resumed run drops the same activations."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, slice_number)).generate_state(1, np.uint64)[0] >> 1))
+
+
+# --- 5. Checkpoints ---
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out, **extra) -> None:
+    """Write model, optimizer and iteration (and `extra`: plain values and tensors) to a path or a binary file object.
+
+    A path is written under a temporary name, flushed to the disk and renamed: a reader finds the old file or the new
+    one, never half of one, even when the machine loses power in between.
+    """
+    payload = {"model": unwrapped(model).state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+    payload.update(extra)
+    if hasattr(out, "write"):
+        torch.save(payload, out)
+        return
+    out = Path(out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
+    """The payload that save_checkpoint wrote. Only tensors and plain values are unpickled (weights_only), and the
+    archive's own checksums are verified first: torch.load checks none, and a flipped bit would load as a weight."""
+    try:
+        with zipfile.ZipFile(src) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{src}: the checkpoint is damaged (checksum of {damaged}): take an older one")
+        if hasattr(src, "seek"):
+            src.seek(0)
+        payload = torch.load(src, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{src}: there is no such checkpoint") from None
+    except UserError:
+        raise
+    except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
+        raise UserError(f"{src}: not a readable checkpoint ({type(error).__name__}): take an older one") from error
+    if not isinstance(payload, dict) or not {"model", "optimizer", "iteration"} <= payload.keys():
+        raise UserError(f"{src}: not a checkpoint of train.py: it holds no model, optimizer and iteration")
+    return payload
+
+
+def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
+    payload = read_checkpoint(src)
+    try:
+        unwrapped(model).load_state_dict(payload["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(payload["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{src}: the checkpoint belongs to another model or optimizer: {reason}") from None
+    return payload["iteration"]
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """checkpoint_<step>.pt with the greatest step, or None."""
+    return max(run_folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
+
+
+# --- 6. Evaluation ---
+
+
+@dataclass
+class ValidationSet:
+    """What evaluation scores, cut once: batches of (inputs, targets) arrays, both (B, T); a target of -1 is padding."""
+
+    batches: list[tuple[np.ndarray, np.ndarray]]
+    token_bytes: np.ndarray  # (V,) bytes of text that each id stands for; the end-of-text token stands for none
+    num_tokens: int
+    floor: float | None  # the corpus generator's own -log p in nats per byte: no model can be better on average
+
+
+def validation_set(
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    batch_size: int,
+    max_tokens: int,
+    by_document: bool = False,
+) -> ValidationSet:
+    """Cut (about) the first max_tokens validation tokens into batches.
+
+    By default consecutive windows, each token predicted once from at most context_length tokens before it. With
+    `by_document` every document is predicted alone from its first token, after one end-of-text token: what a model
+    is asked for when it writes a story, and what the generator of a built-in corpus can be compared with.
+    """
+    end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()] if by_document else None
+    token_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token, text in tokenizer.vocab.items():
+        token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
+    rows, nats, scored_bytes = [], 0.0, 0
+    tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
+    if end_of_text is None:
+        for start in range(0, len(tokens) - 1, context_length):
+            rows.append(tokens[start : start + context_length + 1])
+    else:
+        ends = np.flatnonzero(tokens == end_of_text)
+        for start, end in zip(np.r_[0, ends[:-1] + 1], ends):
+            rows.append(np.r_[end_of_text, tokens[start:end], end_of_text])
+            nats += story_nats(tokenizer.decode(tokens[start:end].tolist()))
+            scored_bytes += int(token_bytes[tokens[start:end]].sum())
+        rows.sort(key=len)  # neighbours of one length waste no padding
+        if rows and len(rows[-1]) > context_length + 1:
+            return validation_set(tokens, tokenizer, context_length=context_length, batch_size=batch_size,
+                                  max_tokens=max_tokens)  # a story longer than the context: windows, and no floor
+    if not rows:
+        raise UserError("the validation split is empty: take a longer text")
+    batches = []
+    for first in range(0, len(rows), batch_size):
+        group = rows[first : first + batch_size]
+        inputs = np.zeros((len(group), max(map(len, group)) - 1), dtype=np.int64)  # (B, T)
+        targets = np.full_like(inputs, -1)  # (B, T)
+        for row, ids in enumerate(group):
+            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        batches.append((inputs, targets))
+    num_tokens = sum(len(row) - 1 for row in rows)
+    return ValidationSet(batches, token_bytes, num_tokens, nats / scored_bytes if scored_bytes else None)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks) -> dict:
+    """Mean loss over the validation tokens (nats per token) and the same surprise per byte of text, in bits and nats.
+
+    Per-byte numbers compare models with different tokenizers; per-token ones do not. The ranks share the batches.
+    """
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64)
+    scored_bytes = 0
+    for inputs, targets in validation.batches[ranks.rank :: ranks.world_size]:
+        scored = targets >= 0
+        scored_bytes += int(validation.token_bytes[targets[scored]].sum())
+        with autocast():
+            logits = model(torch.from_numpy(inputs).to(device))  # (B, T, V)
+            losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), reduction="none")  # (B, T)
+        nats += losses[torch.from_numpy(scored).to(device)].double().sum().cpu()
+    model.train(was_training)
+    total_nats, total_bytes = all_reduce_sum(nats.item()), all_reduce_sum(float(scored_bytes))
+    loss = total_nats / validation.num_tokens
+    per_byte = total_nats / max(total_bytes, 1.0)
+    return {"val_loss": loss, "val_bits_per_byte": per_byte / math.log(2)}
+
+
+# --- 7. Writing down what happened ---
+
+
+class RunLog:
+    """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
+
+    def __init__(self, folder: Path, resume_at: int | None, wandb: bool = False):
+        self.path = folder / "log.jsonl"
+        self.wandb_run = None
+        if wandb:
+            self.wandb_run = import_optional("wandb", "--wandb").init(project="train.py", name=folder.name)
+        if resume_at is not None and self.path.exists():  # cut a torn last line and what lies past the checkpoint
+            kept = [line for line in read_log(self.path) if line["step"] <= resume_at]
+            temporary = self.path.with_name(".log.jsonl.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; one that is not whole (the run was killed while writing it) ends the list."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(75), clock(3 * 3600 + 5)
+    ('1:15', '3:00:05')
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def progress_line(step: int, max_steps: int, loss: float, lr: float, norm: float, speed: float, left: float) -> str:
+    """
+    >>> progress_line(50, 1500, 4.2179, 3e-3, 0.5123, 20481.7, 95.0)
+    'step    50/1500   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:35 left'
+    """
+    width = len(str(max_steps))
+    return (f"step {step:{max(width, 5)}}/{max_steps}   loss {loss:7.4f}   lr {lr:.2e}   norm {norm:6.3f}   "
+            f"{speed:7,.0f} tokens/s   {clock(left):>5} left")
+
+
+def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None) -> str:
+    """Validation loss in its three readings, and how near it is to the corpus's own entropy where that is known."""
+    loss, bits = scores["val_loss"], scores["val_bits_per_byte"]
+    line = (f"step {step:{max(len(str(max_steps)), 5)}}/{max_steps}   validation {loss:.4f} nats/token   "
+            f"perplexity {math.exp(min(loss, 700)):,.2f}   ")
+    if floor is None:
+        return line + f"{bits:.4f} bits/byte"
+    return line + f"{bits * math.log(2):.4f} nats/byte, floor {floor:.4f}"
+
+
+def start_run_folder(folder: Path, tokenizer_dir: Path, description: dict) -> None:
+    """config.json and a copy of the tokenizer: a run can be read back when the data is long gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if (tokenizer_dir / name).exists():
+            shutil.copyfile(tokenizer_dir / name, folder / name)
+    temporary = folder / ".config.json.tmp"
+    temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "config.json")
+
+
+def plot_run(folder: Path) -> Path:
+    """loss.png in the run's folder: training and validation loss against tokens. Needs matplotlib."""
+    pyplot = import_optional("matplotlib.pyplot", "--plot")
+    lines = read_log(folder / "log.jsonl")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("train_loss", {"alpha": 0.5}), ("val_loss", {"marker": "o"})):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points), label=key.replace("_", " "), **style)
+    axes.set(xlabel="tokens", ylabel="nats per token", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150)
+    return folder / "loss.png"
+
+
+def import_optional(name: str, flag: str):
+    """A package that only one flag needs, imported when the flag is given."""
+    import importlib
+
+    try:
+        module = importlib.import_module(name)
+        if name == "matplotlib.pyplot":
+            module.switch_backend("Agg")  # draws into files, needs no screen
+        return module
+    except ImportError:
+        package = name.split(".")[0]
+        raise UserError(f"{flag} needs the package {package}: pip install {package}") from None
+
+
+# --- 8. Settings: one default, one place ---
+
+
+@dataclass
+class TrainConfig:
+    """What a run is, beside its model. A resumed run keeps all of it but the fields of MAY_CHANGE."""
+
+    dataset: str = "tinystories"
+    data_bytes: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    compile: bool = False
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float | None = None
+    warmup_steps: int | None = None
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    batch_size: int = 128
+    grad_accum_steps: int = 1
+    max_steps: int = 10_000
+    eval_interval: int = 500
+    eval_tokens: int = 200_000
+    save_interval: int = 1000
+    log_interval: int = 20
+
+    def __post_init__(self):
+        if self.min_lr is None:
+            self.min_lr = self.lr / 10
+        if self.warmup_steps is None:
+            self.warmup_steps = min(500, self.max_steps // 20)
+        for name in ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
+                     "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, it is {getattr(self, name)}")
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} must not be negative, it is {getattr(self, name)}")
+        if not self.grad_clip > 0:
+            raise UserError(f"--grad_clip must be greater than 0, it is {self.grad_clip}")
+
+
+MAY_CHANGE = {"grad_accum_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval", "log_interval"}
+
+# What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
+# of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
+RECIPES: dict[str, dict] = {
+    "laptop": dict(batch_size=16, max_steps=1500, lr=3e-3, log_interval=50, eval_interval=500, save_interval=500),
+    "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
+}
+
+MODEL_HELP = {
+    "vocab_size": "tokens in the vocabulary, bytes and special tokens included",
+    "context_length": "tokens that the model sees at once",
+    "d_model": "width of the residual stream",
+    "num_layers": "transformer blocks",
+    "num_heads": "query heads",
+    "num_kv_heads": "key and value heads (grouped-query attention); none: as many as query heads",
+    "d_ff": "width inside the feed-forward; none: 8/3 of d_model for swiglu, 4 of it for the others",
+    "rope_theta": "base of the rotary frequencies",
+    "norm": "where RMSNorm stands: before each sublayer, after it, nowhere",
+    "pos": "positions: rotary, or none at all",
+    "ffn": "the feed-forward's kind",
+    "dropout": "share of activations dropped in training",
+    "qk_norm": "RMSNorm on queries and keys",
+    "tie_embeddings": "one matrix for token embeddings and output head",
+    "attention": "who computes attention",
+}
+CHOICES = {
+    "norm": ("pre", "post", "none"),
+    "pos": ("rope", "none"),
+    "ffn": ("swiglu", "silu", "relu", "relu2"),
+    "attention": ("auto", "naive", "sdpa", "flash"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "optimizer": ("adamw",),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags. Nothing has a default here (SUPPRESS): what is typed can be told from what is not, and the one
+    default of each setting stands in its dataclass, from where --help shows it."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def add(group, config: type, name: str, help: str) -> None:
+        field = {f.name: f for f in dataclasses.fields(config)}[name]
+        options: dict = {"default": argparse.SUPPRESS, "help": f"{help} (default: {str(field.default).lower()})"}
+        kind = str(field.type)
+        if "bool" in kind:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name in CHOICES:
+            options["choices"] = CHOICES[name]
+        else:
+            options["type"] = float if "float" in kind else int if "int" in kind else str
+            options["metavar"] = {float: "X", int: "N", str: "NAME"}[options["type"]]
+        group.add_argument(f"--{name}", **options)
+
+    run = parser.add_argument_group("the run")
+    add(run, TrainConfig, "dataset", "tinystories, owt, shakespeare, stories, arithmetic, or the path of a text file")
+    add(run, TrainConfig, "data_bytes", "take only so many bytes of a downloaded or generated training text")
+    plain = dict(default=argparse.SUPPRESS)
+    run.add_argument("--run_name", help="folder below --out_dir (default: <dataset>-<next free number>)", **plain)
+    run.add_argument("--out_dir", help="where runs are kept (default: runs)", **plain)
+    run.add_argument("--data_dir", help="where texts, tokenizers and token arrays are kept (default: data)", **plain)
+    run.add_argument("--num_workers", type=int, metavar="N", help="processes for data (default: cores)", **plain)
+    run.add_argument("--resume", action="store_true", help="go on with the run named, or the newest one", **plain)
+    add(run, TrainConfig, "seed", "of parameters, batches and dropout")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest that is there)", **plain)
+    add(run, TrainConfig, "dtype", "arithmetic of forward and backward; parameters stay float32")
+    add(run, TrainConfig, "compile", "torch.compile the model: a slow start, faster steps on a GPU")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument("--preset", choices=list(PRESETS), help="a named shape, see python model.py "
+                       "(default: laptop on a CPU, baseline on a GPU); flags beside it beat it", **plain)
+    for name, help in MODEL_HELP.items():
+        add(model, ModelConfig, name, help)
+
+    optimization = parser.add_argument_group("optimization")
+    add(optimization, TrainConfig, "optimizer", "who turns gradients into updates")
+    add(optimization, TrainConfig, "lr", "peak learning rate")
+    add(optimization, TrainConfig, "min_lr", "learning rate at the last step; none: a tenth of lr")
+    add(optimization, TrainConfig, "warmup_steps", "steps of linear warm-up; none: a twentieth of max_steps")
+    add(optimization, TrainConfig, "beta2", "decay of AdamW's running mean of squared gradients")
+    add(optimization, TrainConfig, "weight_decay", "decoupled decay of matrices")
+    add(optimization, TrainConfig, "grad_clip", "limit of the gradient's global l2 norm")
+    add(optimization, TrainConfig, "batch_size", "sequences per step, over all processes and micro-batches")
+    add(optimization, TrainConfig, "grad_accum_steps", "micro-batches per process and step")
+    add(optimization, TrainConfig, "max_steps", "optimizer steps")
+
+    files = parser.add_argument_group("evaluation and files")
+    add(files, TrainConfig, "eval_interval", "steps between evaluations")
+    add(files, TrainConfig, "eval_tokens", "validation tokens scored, the first ones")
+    add(files, TrainConfig, "save_interval", "steps between checkpoints")
+    add(files, TrainConfig, "log_interval", "steps between progress lines")
+    files.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too", **plain)
+    files.add_argument("--plot", action="store_true", help="draw loss.png at the end (needs matplotlib)", **plain)
+
+    processes = parser.add_argument_group("several processes (under torchrun)")
+    processes.add_argument("--ddp", choices=("none", "naive", "flat", "individual", "bucketed", "torch"),
+                           help="how gradients are averaged, see ddp.py (default: none)", **plain)
+    processes.add_argument("--bucket_size_mb", type=float, metavar="X", help="bucket of --ddp bucketed (default: 25)",
+                           **plain)
+    processes.add_argument("--dist_timeout", type=float, metavar="SECONDS",
+                           help="a process that does not answer for so long ends the job (default: 120)", **plain)
+
+    instead = parser.add_argument_group("instead of training")
+    instead.add_argument("--dry_run", action="store_true", help="state parameters, FLOPs, memory and time", **plain)
+    instead.add_argument("--overfit_one_batch", action="store_true",
+                         help="train on one batch: the loss must fall to nearly 0, or something is broken", **plain)
+    return parser
+
+
+# What is not part of a run's identity: where it stands, and on what it runs.
+PLACE_DEFAULTS: dict = dict(run_name=None, out_dir="runs", data_dir="data", num_workers=None, resume=False, device=None,
+                            preset=None, wandb=False, plot=False, ddp="none", bucket_size_mb=25.0, dist_timeout=120.0,
+                            dry_run=False, overfit_one_batch=False, requested_dataset=None)
+
+
+def fields_of(config: type, values: dict) -> dict:
+    return {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
+
+
+def device_type_of(name: str | None) -> str:
+    """`cuda`, `mps` or `cpu`: the type of the device asked for, or of the fastest that is there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return name.split(":")[0]
+
+
+def pick_device(name: str | None, local_rank: int) -> torch.device:
+    """The device asked for, or the fastest that is there; several processes take one GPU each."""
+    name = name or device_type_of(name)
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not to be had here ({reason}): try --device cpu") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it and the matrices are big enough to gain.
+
+    CUDA from compute capability 8.0; CPUs with AMX or AVX512-BF16 from a width of 256 (measured on two AMX cores at
+    the baseline's shape: 1,120 -> 4,243 tokens/s; at 0.8 M parameters the casts cost more than they save).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu" and config.d_model >= 256:
+        probes = [getattr(torch.cpu, probe, lambda: False)
+                  for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+        fast = any(probe() for probe in probes)
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
+    """State what the run would be, from formulas (model.py) and one timed matrix product; nothing is allocated."""
+    tokens_per_step = config.batch_size * model_config.context_length
+    micro_batch = config.batch_size // config.grad_accum_steps
+    flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
+    memory = training_memory(model_config, micro_batch)
+    a = torch.ones(1024, 1024, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * 1024**3 / sorted(seconds)[2]
+    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}")
+    say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
+    for part, size in memory.items():
+        say(f"memory            {size / 1e9:>15.3f} GB  {part}")
+    say(f"memory            {sum(memory.values()) / 1e9:>15.3f} GB  in all, {micro_batch} sequences at a time")
+    num_tokens = tokens_per_step * config.max_steps
+    say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
+    total = flops * num_tokens
+    say(f"time              {clock(total / rate / 0.5):>18}  at half of the {rate / 1e9:,.0f} GFLOP/s that one matrix "
+        f"product reaches here ({device.type}, float32)")
+
+
+# --- 9. The run ---
+
+
+def next_run_name(out_dir: Path, dataset: str) -> str:
+    """`<dataset>-<n>`, the next free number."""
+    stem = Path(dataset).stem
+    numbers = [path.name.removeprefix(f"{stem}-") for path in out_dir.glob(f"{stem}-*")]
+    return f"{stem}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
+
+
+def newest_run(out_dir: Path) -> Path:
+    """The run folder that was written to last."""
+    runs = [path.parent for path in out_dir.glob("*/config.json") if latest_checkpoint(path.parent)]
+    if not runs:
+        raise UserError(f"{out_dir}: no run with a checkpoint here yet; python train.py starts one")
+    return max(runs, key=lambda run: latest_checkpoint(run).stat().st_mtime)
+
+
+def model_config_of(values: dict) -> ModelConfig:
+    try:
+        return ModelConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
+def settings(typed: dict, place: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, Path | None]:
+    """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
+    if place.resume:
+        folder = Path(place.out_dir) / place.run_name if place.run_name else newest_run(Path(place.out_dir))
+        try:
+            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            model_values, train_values = stored["model"], stored["train"]
+        except FileNotFoundError:
+            raise UserError(f"{folder}: there is no run to resume here") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder / 'config.json'}: not the configuration of a run") from None
+        place.preset, place.requested_dataset = stored.get("preset"), stored.get("requested_dataset")
+        known = {**model_values, **train_values, "preset": place.preset}
+        for name, value in typed.items():
+            asked_for = place.requested_dataset if name == "dataset" else None
+            if name in known and name not in MAY_CHANGE and value not in (known[name], asked_for):
+                raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
+                                f"settings; leave the flag away, or start a new run without --resume")
+        train_values = {**train_values, **{name: typed[name] for name in MAY_CHANGE if name in typed}}
+        return model_config_of(model_values), TrainConfig(**train_values), folder
+    if place.preset is None:
+        place.preset = "baseline" if device_type_of(place.device) == "cuda" else "laptop"
+    model_config = model_config_of({**PRESETS[place.preset], **fields_of(ModelConfig, typed)})
+    config = TrainConfig(**{**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)})
+    return model_config, config, None
+
+
+def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -> int:
+    """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
+    model_config, config, folder = settings(typed, place)
+    resuming, recording = folder is not None, not place.overfit_one_batch
+    device = pick_device(place.device, ranks.local_rank)
+    dtype = pick_dtype(config.dtype, device, model_config)
+    if ranks.world_size > 1 and place.ddp == "none":
+        raise UserError(f"{ranks.world_size} processes need a way to share gradients: add --ddp bucketed")
+    num_slices = ranks.world_size * config.grad_accum_steps
+    if config.batch_size % num_slices:
+        raise UserError(f"--batch_size {config.batch_size} does not divide into {ranks.world_size} processes x "
+                        f"{config.grad_accum_steps} micro-batches: take a multiple of {num_slices}")
+    if place.dry_run:
+        dry_run(model_config, config, device, say)
+        return 0
+
+    # Data. Rank 0 prepares what is missing, the others wait for it.
+    special_tokens = (END_OF_TEXT,) if model_config.vocab_size > 256 else ()  # 256 ids are all bytes: nothing else fits
+    if config.data_bytes is None and config.dataset in ("tinystories", "owt") and device.type != "cuda":
+        config.data_bytes = 100_000_000  # more than a CPU reads in a day
+    data = on_rank_0(lambda: prepare(
+        config.dataset, vocab_size=model_config.vocab_size, special_tokens=special_tokens, data_dir=place.data_dir,
+        data_bytes=config.data_bytes, num_workers=place.num_workers, say=say), "preparing the data")
+    tokenizer = Tokenizer.from_files(data.tokenizer_dir / "vocab.json", data.tokenizer_dir / "merges.txt",
+                                     list(special_tokens))
+    requested = place.requested_dataset or config.dataset
+    if data.dataset == "stories":
+        config.dataset = "stories"  # what stood in for tinystories is what a resumed run asks for
+    train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
+    num_starts(train_tokens, model_config.context_length)
+    validation = validation_set(val_tokens, tokenizer, context_length=model_config.context_length,
+                                batch_size=max(1, 8192 // model_config.context_length), max_tokens=config.eval_tokens,
+                                by_document=data.dataset == "stories")
+
+    # Model and optimizer; a run that goes on takes both from its newest checkpoint.
+    torch.manual_seed(config.seed)  # the same parameters on every rank
+    model = TransformerLM(model_config).to(device)
+    optimizer = AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.beta2))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
+    step, seconds_before = 0, 0.0
+    if resuming:
+        path = latest_checkpoint(folder)
+        if path is None:
+            raise UserError(f"{folder}: the run has no checkpoint yet; start it again under another name")
+        payload = read_checkpoint(path)
+        if payload.get("tokenizer_hash") != tokenizer.hash():
+            raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
+        step = load_checkpoint(path, model, optimizer)
+        seconds_before = payload["seconds"]
+        scaler.load_state_dict(payload["scaler"])
+    module = torch.compile(model) if config.compile else model
+    if ranks.world_size > 1:
+        module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb)
+
+    # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
+    log = None
+    if recording:
+        if not resuming:
+            name = place.run_name or next_run_name(Path(place.out_dir), data.dataset)
+            folder = Path(place.out_dir) / broadcast_object(name)
+            if (folder / "config.json").exists():
+                raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
+        if ranks.rank == 0:
+            start_run_folder(folder, data.tokenizer_dir, {
+                "requested_dataset": requested, "preset": place.preset, "model": dataclasses.asdict(model_config),
+                "train": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash(), "torch": torch.__version__})
+            log = RunLog(folder, resume_at=step if resuming else None, wandb=place.wandb)
+    say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
+        f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads")
+    say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
+        f"{model_config.context_length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * resuming)
+
+    def autocast():
+        return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+    # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
+    received: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    started = interval_started = time.perf_counter()
+    interval_tokens, resumed_at = 0, step if resuming else -1
+    tokens_per_step = config.batch_size * model_config.context_length
+    module.train()
+    while True:
+        # Between two steps: evaluate, save, stop.
+        pause = time.perf_counter()
+        stopping = all_reduce_sum(float(len(received))) > 0
+        last = step >= config.max_steps
+        seconds = seconds_before + pause - started
+        progress = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds}
+        if recording and step != resumed_at and (step % config.eval_interval == 0 or last):
+            scores = evaluate(module, validation, device, autocast, ranks)
+            say(evaluation_line(step, config.max_steps, scores, validation.floor))
+            if log is not None:
+                log.write(**progress, **scores)
+        if log is not None and step != resumed_at and (last or stopping or (step and step % config.save_interval == 0)):
+            save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
+                            scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
+                            tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
+            for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
+                old.unlink()
+        interval_started += time.perf_counter() - pause  # the pause is not the training's speed
+        if last or stopping:
+            break
+
+        # One step.
+        step += 1
+        lr = get_lr_cosine_schedule(step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=device)
+        for micro in range(config.grad_accum_steps):
+            # Slice number s of the batch is the same sequences with the same dropout, whoever computes it: rank s of
+            # many processes or micro-batch s of one. So two processes equal one, to the last bit.
+            s = ranks.rank * config.grad_accum_steps + micro
+            rows = slice(s * config.batch_size // num_slices, (s + 1) * config.batch_size // num_slices)
+            rng = np.random.default_rng((config.seed, step if recording else 1))
+            inputs, targets = get_batch(train_tokens, config.batch_size, model_config.context_length, device, rng=rng,
+                                        rows=rows)  # (B, T), (B, T)
+            seed_dropout(config.seed, step, s)
+            sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
+            with contextlib.nullcontext() if sending or module is model else module.no_sync():
+                with autocast():
+                    micro_loss = cross_entropy(module(inputs), targets) / config.grad_accum_steps
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        if ranks.world_size > 1:
+            module.finish_gradient_synchronization()
+        scaler.unscale_(optimizer)
+        norm = clip_gradients(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+        # Tell. Reading a loss waits for the device, so it is read only when it is told or could end the run.
+        interval_tokens += tokens_per_step
+        telling = step % config.log_interval == 0 or step == 1 or step == config.max_steps
+        if telling or step % config.save_interval == 0:
+            train_loss = all_reduce_sum(loss.item()) / ranks.world_size
+            if not math.isfinite(train_loss):
+                raise UserError(f"step {step}: the loss is {train_loss}, no checkpoint holds it: lower --lr or raise "
+                                f"--warmup_steps, and start again")
+        if telling:
+            now = time.perf_counter()
+            speed = interval_tokens / (now - interval_started)
+            interval_started, interval_tokens = now, 0
+            say(progress_line(step, config.max_steps, train_loss, lr, norm.item(), speed,
+                              (config.max_steps - step) * tokens_per_step / speed))
+            if log is not None:
+                log.write(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - started,
+                          train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if log is not None:
+        log.close()
+        if place.plot:
+            say(f"curves: {plot_run(folder)}")
+    if received:
+        if recording:
+            say(f"stopped and saved at step {step:,}; go on with:  python train.py --resume --run_name {folder.name}")
+        return 128 + received[0]  # 130 for Ctrl-C, 143 for SIGTERM
+    if recording:
+        say(f"trained in {clock(time.perf_counter() - started)}; read a text from it:  python sample.py --run {folder}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    typed = vars(build_parser().parse_args(argv))
+    place = argparse.Namespace(**{**PLACE_DEFAULTS, **{k: v for k, v in typed.items() if k in PLACE_DEFAULTS}})
+    try:
+        ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
+        exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
+        shutdown_distributed()
+    except Exception as error:
+        told = (UserError, ConnectionError, RankFailure)  # sentences for the user; anything else shows where it broke
+        print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
+        if not isinstance(error, told):
+            raise
+        raise SystemExit(2) from None
+    if exit_code:
+        raise SystemExit(exit_code)
+
+
+if __name__ == "__main__":
+    main()
