@@ -524,13 +524,15 @@ class TransformerLM(nn.Module):
         # does so only while V is much greater than C.)
         std = 1 / (4 * math.sqrt(config.d_model))
         if config.tie_embeddings:
-            # subtle: with embeddings of the usual std 1, every token would predict itself with a logit near C, and the
-            # first loss would be in the hundreds. That logit is at most C * std; below ln(V) / 2 it is harmless. The
-            # stream then starts small, but the first norms scale it up, and the branches soon outweigh it.
-            std = min(std, math.log(config.vocab_size) / (2 * config.d_model))
+            # subtle: read as embeddings, weights of std 1 would let every token predict itself with a logit near C and
+            # start the loss in the hundreds. That logit is at most C * std: up to ln(V) / 2 it is harmless.
+            std = min(std, math.log(1 + config.vocab_size) / (2 * config.d_model))
         self.lm_head = Linear(config.d_model, config.vocab_size, std=std)
         if config.tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
+            # So small, they would drown in what the branches add. Multiplied on the way in, as in "Attention Is All You
+            # Need", section 3.4, they start the stream with unit variance, as embeddings of their own do.
+            self.embedding_scale = 1 / std
         # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
         # size at any depth, which nothing else ensures when there are no norms (GPT-2 report, section 2.3).
         with torch.no_grad():
@@ -566,6 +568,8 @@ class TransformerLM(nn.Module):
             kind = self.config.attention
             attend = make_attention(kind, positions, segment_ids, kv_positions, kv_segment_ids, is_causal=is_causal)
         x = self.token_embeddings(token_ids)  # (B, T, C)
+        if self.config.tie_embeddings:
+            x = x * self.embedding_scale  # (B, T, C)
         for layer, block in enumerate(self.layers):
             x = block(x, positions, cache.wrap(layer, attend) if cache is not None else attend)  # (B, T, C)
         return self.ln_final(x)  # (B, T, C)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_file
+from flash import visible
 from model import (
     PADDING_SEGMENT_ID,
     PRESETS,
@@ -159,6 +160,8 @@ def test_mask_rule_by_brute_force():
     for b, t, s in product(range(2), range(5), range(8)):
         same = segments[b, t] == kv_segments[b, s] and segments[b, t] != -1
         assert mask[b, 0, t, s] == bool(positions[b, t] >= kv_positions[b, s] and same)
+    theirs = visible(positions, kv_positions, segments, kv_segments)  # flash.py's rule, written independently
+    assert torch.equal(mask[:, 0], theirs)
     torch.testing.assert_close(attention_mask(positions)[:, 0], positions[:, :, None] >= positions[:, None, :])
 
 
@@ -213,7 +216,7 @@ def test_llama_in_float64(num_kv_heads, tie_embeddings):
             max_position_embeddings=config.context_length,
             rms_norm_eps=1e-5,
             rope_theta=config.rope_theta,
-            tie_word_embeddings=tie_embeddings,
+            tie_word_embeddings=False,
             attention_bias=False,
             mlp_bias=False,
         )
@@ -230,6 +233,8 @@ def test_llama_in_float64(num_kv_heads, tie_embeddings):
         if name.endswith(("q_proj", "k_proj")):  # (0, 1, 2, 3, ...) -> (0, 2, ..., 1, 3, ...) inside every head
             weight = weight.view(-1, config.head_dim // 2, 2, config.d_model).transpose(1, 2).reshape(weight.shape)
         weights[f"{name}.weight"] = weight
+    if tie_embeddings:  # ours scale the shared weights on the way in
+        weights["model.embed_tokens.weight"] = weights["lm_head.weight"] * ours.embedding_scale
     llama.load_state_dict(weights)
     ids = random_tokens(2, 37)
     with torch.no_grad():
@@ -251,6 +256,7 @@ def test_state_dict_keys():
     tied = small_model(tie_embeddings=True)
     assert sorted(tied.state_dict()) == sorted(small_model().state_dict())
     assert tied.token_embeddings.weight is tied.lm_head.weight
+    assert tied.embedding_scale * tied.lm_head.weight.std().item() == pytest.approx(1, rel=0.05)
     clone = small_model(tie_embeddings=True)
     clone.load_state_dict(tied.state_dict())
     assert clone.token_embeddings.weight is clone.lm_head.weight
