@@ -565,6 +565,8 @@ class Tokenizer:
     [9, 7, 1, 5, 10, 3]
     """
 
+    block = 4096  # characters that encode_iterable waits for
+
     def __init__(
         self, vocab: Mapping[int, bytes], merges: Iterable[Pair], special_tokens: Iterable[str] | None = None
     ) -> None:
@@ -625,14 +627,14 @@ class Tokenizer:
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
         """The ids of "".join(strings), lazily, with memory for the longest pre-token but not for the text."""
-        text, wanted = "", 4096
+        text, wanted = "", self.block
         for string in strings:
             text += string
             if len(text) >= wanted:
                 end = self._settled(text)
                 yield from self.encode(text[:end])
                 text = text[end:]
-                wanted = max(4096, 2 * len(text))  # or one endless word in small strings would cost its square
+                wanted = max(self.block, 2 * len(text))  # or one endless word in small strings would cost its square
         yield from self.encode(text)
 
     def _settled(self, text: str) -> int:
@@ -803,7 +805,7 @@ def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer, *, context_le
 
 
 # --- 8. A built-in corpus: stories ---
-# Children's stories of about a hundred words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
+# Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
 #   name = red blue dark_green     a list of words (`_` is a space)       name: row | row     a list of phrases
 #   who/his = Lily/her Tom/his     columns, drawn together                (x|y|)              a rule without a name
@@ -1024,7 +1026,8 @@ size = big small wide long nasty secret
 """
 
 
-Cell = str | tuple  # a word, or a tuple of text and (form, name) slots
+Cell = str | tuple  # a word, or a tuple of text and slots; a slot is (form, name): {a trait} is ("a", "trait")
+STORY = (("", "story"),)  # where every derivation begins
 
 
 @functools.cache
@@ -1040,8 +1043,10 @@ def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
 
     def cell(text: str) -> Cell:
         pieces = re.split(r"\{(.*?)\}", text)
-        slots = [(form, name.lower()) if form else ("A" if name[0].isupper() else "", name.lower())
-                 for form, _, name in (slot.rpartition(" ") for slot in pieces[1::2])]
+        slots = []
+        for slot in pieces[1::2]:
+            form, _, name = slot.rpartition(" ")
+            slots.append((form or ("A" if name[0].isupper() else ""), name.lower()))
         parts = [part for pair in zip(pieces[::2], [*slots, ""]) for part in pair if part]
         return tuple(parts) if slots else text
 
@@ -1061,8 +1066,11 @@ def _say(form: str, word: str) -> str:
     return word[0].upper() + word[1:] if form == "A" else word
 
 
-def _write(parts: tuple, memory: dict, draw) -> tuple[str, float]:
-    """Spell out `parts`, drawing what `memory` does not hold yet: the text and -log p of the draws."""
+def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, float]:
+    """Spell out `parts`, drawing what `memory` does not hold yet: the text and -log p of the draws.
+
+    `memory` maps each name drawn so far to its cell, and each list (in a tuple of one) to the rows taken from it.
+    """
     text, nats = [], 0.0
     for part in parts:
         if isinstance(part, str):
@@ -1072,7 +1080,7 @@ def _write(parts: tuple, memory: dict, draw) -> tuple[str, float]:
         if name not in memory:
             columns, rows, taken = _rules()[name]
             used = memory.get(taken, ())
-            while (row := rows[int(draw() * len(rows))]) in used:
+            while (row := rows[int(draw() * len(rows))]) in used:  # subtle: a list needs as many rows as it has slots
                 pass
             nats += math.log(len(rows) - len(used))
             memory.update(zip(columns, row))
@@ -1086,8 +1094,11 @@ def _write(parts: tuple, memory: dict, draw) -> tuple[str, float]:
 
 
 def _read(text: str) -> Iterator[float]:
-    """-log p of every derivation of `text`: the same walk, but it follows each row that agrees with the text."""
-    stack = [((("", "story"), ()), 0, {}, 0.0)]  # (what is still to be read, from where, memory, nats so far)
+    """-log p of every derivation of `text`: the same walk, but it follows each row that agrees with the text.
+
+    A word that disagrees ends a branch at once, so few are ever open; what is still to be read is a linked list.
+    """
+    stack = [((*STORY, ()), 0, {}, 0.0)]  # (what is still to be read, from where, memory, nats so far)
     while stack:
         todo, at, memory, nats = stack.pop()
         while todo:
@@ -1118,13 +1129,13 @@ def _read(text: str) -> Iterator[float]:
 def stories(seed: int, first: int = 0) -> Iterator[str]:
     """Stories number `first`, first + 1, ... of a seed, without end; each is a pure function of (seed, number)."""
     for number in itertools.count(first):
-        yield _write((("", "story"),), {}, random.Random(f"{seed} {number}").random)[0]
+        yield _write(STORY, {}, random.Random(f"{seed} {number}").random)[0]
 
 
 def story_nats(text: str) -> float:
-    """-log p of `text` under the grammar: what no model can beat on average. ValueError if it is not a story."""
+    """-log p of `text` under the grammar, which no model can beat on average; ValueError if it is not a story."""
     for nats in _read(text):
-        return nats
+        return nats  # the only one: no text has two derivations
     raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
 
 

@@ -10,14 +10,13 @@ import pytest
 
 import bpe
 
-START = (("", "story"),)
 CAUSES = ("loss", "damage", "sound", "problem", "reason", "spent")
 THINGS = ("thing", "toy", "monster")
 
 
 def write(seed: int, number: int) -> tuple[str, float, dict]:
     memory = {}
-    text, nats = bpe._write(START, memory, random.Random(f"{seed} {number}").random)
+    text, nats = bpe._write(bpe.STORY, memory, random.Random(f"{seed} {number}").random)
     return text, nats, memory
 
 
@@ -123,6 +122,21 @@ def test_names_things_and_causes_return(thousand):
         for key in ("hero", "pet", thing, cause):
             returns = gaps(text, spelled(key, memory))
             assert any(20 <= gap <= 80 for gap in returns), f"{key} {spelled(key, memory)!r}: {returns} in: {text}"
+
+
+def test_characters_stay_who_they_are(thousand):
+    """A story names one child and one friend, calls the child he or she throughout, and the friend by one kind."""
+    rules = bpe._rules()
+    children = {name: rule for rule in ("girl", "boy") for (name,) in rules[rule][1]}
+    for text, _, memory in thousand:
+        named = set(re.findall("[A-Z][a-z]+", text)) & set(children)
+        assert named == {spelled("hero", memory)}, (named, text)
+        wrong = r"\b(he|his|him|boy)\b" if children[named.pop()] == "girl" else r"\b(she|her|girl)\b"
+        assert not re.search(wrong, text, re.I), text
+        kinds = re.findall(rf"{spelled('pet', memory)}, (?:his |her )?an? (?:[\w-]+, )?[\w-]+ (\w+) in", text)
+        kinds += re.findall(r"The (\w+) \w+ (?:found|fetched) ", text)
+        assert len(set(kinds)) <= 1, (kinds, text)
+    assert not re.search(r"\{(hero|he|his|him|pet|animal)\d", bpe.GRAMMAR)
 
 
 def test_a_tampered_story_is_refused(thousand):
