@@ -79,16 +79,13 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     except (KeyError, ValueError) as error:
         raise ValueError(f"RANK is set, but not all of torchrun's variables ({error}): start with torchrun") from None
-    if device_type not in ("cpu", "cuda"):
-        raise ValueError(f"several processes work on cpu or cuda, not on {device_type}: add --device cpu")
     if device_type == "cuda":
-        num_devices = torch.cuda.device_count()
-        if ranks.local_rank >= num_devices:
-            raise ValueError(
-                f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this machine has {num_devices}: "
-                f"start at most {num_devices} processes here (--nproc-per-node), or add --device cpu"
-            )
+        if ranks.local_rank >= (num_gpus := torch.cuda.device_count()):
+            missing = f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this machine has {num_gpus}"
+            raise ValueError(f"{missing}: start at most {num_gpus} processes (--nproc-per-node) or add --device cpu")
         torch.cuda.set_device(ranks.local_rank)
+    elif device_type != "cpu":
+        raise ValueError(f"several processes work on cpu or cuda, not on {device_type}: add --device cpu")
     timeout = timedelta(seconds=timeout_s)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -205,13 +202,6 @@ def _reason(error: BaseException) -> str:
     return _first_line(error) if is_sentence else f"{type(error).__name__}: {_first_line(error)}"
 
 
-def _lost_contact(error: BaseException) -> bool:
-    # gloo raises plain RuntimeErrors, known by their text only: "[.../gloo/transport/tcp/pair.cc:547] Connection ..."
-    return isinstance(error, (RankFailure, dist.DistError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
-    )
-
-
 def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
 
@@ -221,29 +211,31 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """
     if get_world_size() == 1:
         return _reason(error)
-    rank, reason = get_rank(), _reason(error)
-    silent = finished = set(range(get_world_size())) - {rank}
+    rank, reason, store = get_rank(), _reason(error), _store()
+    # gloo raises plain RuntimeErrors, known by their text only: "[.../gloo/transport/tcp/pair.cc:547] Connection ..."
+    by_text = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
+    lost_contact = by_text or isinstance(error, (RankFailure, dist.DistError))
+    peers = [peer for peer in range(get_world_size()) if peer != rank]
+    why = "the rank that hosts the store is gone"
     try:
-        store = _store()
-        store.set(f"failed/{rank}", "" if _lost_contact(error) else reason)
-        if not _lost_contact(error):
+        store.set(f"failed/{rank}", "" if lost_contact else reason)
+        if not lost_contact:
             return f"rank {rank} failed: {reason}"
-        deadline = time.monotonic() + patience_s
+        silent, deadline = set(peers), time.monotonic() + patience_s
         while silent and time.monotonic() < deadline:
             for peer in [peer for peer in silent if store.check([f"failed/{peer}"])]:
-                if peers_reason := store.get(f"failed/{peer}").decode():
-                    return f"rank {rank} stops because rank {peer} failed: {peers_reason}"
-                silent = silent - {peer}
+                if theirs := store.get(f"failed/{peer}").decode():
+                    return f"rank {rank} stops because rank {peer} failed: {theirs}"
+                silent.remove(peer)
             time.sleep(0.05)
-        finished = {peer for peer in finished if store.check([f"finished/{peer}"])}
-    except RuntimeError:
-        return f"rank {rank} stops because the rank that hosts the store is gone: {reason}"
-    if finished:
-        why = f"rank {min(finished)} had already finished, and every rank needs the same number of steps"
-    elif silent:
+        finished = [peer for peer in peers if store.check([f"finished/{peer}"])]
         why = f"rank {', '.join(map(str, sorted(silent)))} does not answer (killed, hanging or gone)"
-    else:
-        why = "the ranks lost each other"
+        if finished:
+            why = f"rank {finished[0]} had already finished, and every rank needs the same number of steps"
+        elif not silent:
+            why = "the ranks lost each other"
+    except RuntimeError:
+        pass
     return f"rank {rank} stops because {why}: {reason}"
 
 
@@ -437,24 +429,19 @@ class DDPNaive(nn.Module):
         """To be called between backward and step: after it every rank holds the same, averaged gradients."""
         if not self.synchronizing or self.world_size == 1:
             return
-        num_users = self._used_flags(self.trainable)
+        num_users = self._used_flags(self.trainable)  # then summed: how many ranks used each parameter
         self.start_sum(num_users)()
         for parameter, users in zip(self.trainable, num_users.tolist()):
             if users > 0:
-                self._scale_gradient(parameter)
+                # dividing before the sum, as torch does, and not after it: a sum of fp16 gradients could overflow. Both
+                # are exact when world_size is a power of two
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = gradient.contiguous().mul_(1 / self.world_size)
                 self.start_sum(parameter.grad)()
 
     def _used_flags(self, parameters: list[nn.Parameter]) -> Tensor:
         used = [parameter.grad is not None for parameter in parameters]
         return torch.tensor(used, dtype=parameters[0].dtype, device=parameters[0].device)
-
-    def _scale_gradient(self, parameter: nn.Parameter) -> None:
-        # dividing before the sum, as torch does, and not after it: a sum of fp16 gradients could overflow. Both are
-        # exact when world_size is a power of two
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        else:
-            parameter.grad = parameter.grad.contiguous().mul_(1 / self.world_size)
 
 
 # --- 6. Flat: one message ---
@@ -492,29 +479,32 @@ class DDPIndividual(DDPNaive):
     different weight. Ranks may take different branches, so message n leaves only after messages 0 ... n-1, and
     finish_gradient_synchronization() sends what never became ready, as zeros.
 
-    A message holds a group of parameters: here one, and in the end the flags that say who was used. `events` keeps the
-    last step's order of ("ready", parameter's index) and ("sent", message's number).
+    A message is a flat buffer, made once, for the gradients of a group of parameters: here one. A gradient is divided
+    while it is copied there, and then `parameter.grad` is a view into it: nothing is copied back. The flags of used
+    parameters ride at the end of the last message. `events` keeps the last step's order of ("ready", parameter's index)
+    and ("sent", message's number).
     """
 
     def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
         super().__init__(module, ordered=ordered)
-        self.index_of = {parameter: index for index, parameter in enumerate(self.trainable)}
-        self.flags = torch.ones(len(self.trainable), device=self.trainable[0].device)
         self.groups = self._plan_groups()
-        self.group_of = {p: number for number, group in enumerate(self.groups) for p in group}
+        self.messages: list[Tensor] = []
+        self.view_of: dict[nn.Parameter, Tensor] = {}
+        for group in self.groups:
+            sizes = [parameter.numel() for parameter in group]
+            sizes.append(len(self.trainable) if group is self.groups[-1] else 0)
+            message = torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device)
+            *views, self.flags = message.split(sizes)
+            self.view_of.update((parameter, view.view(parameter.shape)) for parameter, view in zip(group, views))
+            self.messages.append(message)
+        self.index_of = {parameter: index for index, parameter in enumerate(self.trainable)}
+        self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
         self._start_step()
         for parameter in self.trainable:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def _plan_groups(self) -> list[list[nn.Parameter]]:
-        return [[parameter] for parameter in self.trainable] + [[]]
-
-    def _pack(self, parameter: nn.Parameter) -> None:
-        """Divide a gradient by the world size and leave it where its message is taken from."""
-        self._scale_gradient(parameter)
-
-    def _message(self, number: int) -> Tensor:
-        return self.groups[number][0].grad if self.groups[number] else self.flags
+        return [[parameter] for parameter in self.trainable]
 
     def _start_step(self) -> None:
         self.num_missing = [len(group) for group in self.groups]
@@ -543,16 +533,20 @@ class DDPIndividual(DDPNaive):
     def _add(self, parameter: nn.Parameter) -> None:
         if not self.ready:
             self.events: list[tuple[str, int]] = []
+        view, index = self.view_of[parameter], self.index_of[parameter]
         if parameter.grad is None:
             self.unused.append(parameter)
-            self.flags[self.index_of[parameter]] = 0
-        self._pack(parameter)
+            self.flags[index] = 0
+            view.zero_()
+        else:
+            torch.mul(parameter.grad, 1 / self.world_size, out=view)
+        parameter.grad = view
         self.ready.add(parameter)
-        self.events.append(("ready", self.index_of[parameter]))
+        self.events.append(("ready", index))
         self.num_missing[self.group_of[parameter]] -= 1
-        while len(self.in_flight) < len(self.groups) and self.num_missing[len(self.in_flight)] == 0:
-            self.events.append(("sent", len(self.in_flight)))
-            self.in_flight.append(self.start_sum(self._message(len(self.in_flight))))
+        while (number := len(self.in_flight)) < len(self.groups) and self.num_missing[number] == 0:
+            self.events.append(("sent", number))
+            self.in_flight.append(self.start_sum(self.messages[number]))
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
@@ -599,10 +593,7 @@ def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float | None) -
 
 
 class DDPBucketed(DDPIndividual):
-    """Gradients travel in buckets: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
-
-    A bucket is a flat buffer, made once. A gradient is divided while it is copied there, and then `parameter.grad` is a
-    view into it: nothing is copied back. The flags of used parameters ride at the end of the last bucket.
+    """Larger groups: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
 
     How large? With s bytes in all, a network of w bytes/s and a fixed cost of o seconds per message, n buckets leave
     the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes.
@@ -614,28 +605,7 @@ class DDPBucketed(DDPIndividual):
         super().__init__(module, ordered=ordered)
 
     def _plan_groups(self) -> list[list[nn.Parameter]]:
-        buckets = plan_buckets(self.trainable, self.bucket_size_mb)
-        self.flats: list[Tensor] = []
-        self.view_of: dict[nn.Parameter, Tensor] = {}
-        for bucket in buckets:
-            sizes = [parameter.numel() for parameter in bucket]
-            sizes.append(len(self.trainable) if bucket is buckets[-1] else 0)
-            flat = torch.zeros(sum(sizes), dtype=bucket[0].dtype, device=bucket[0].device)
-            *views, self.flags = flat.split(sizes)  # empty in all buckets but the last
-            self.view_of.update((parameter, view.view(parameter.shape)) for parameter, view in zip(bucket, views))
-            self.flats.append(flat)
-        return buckets
-
-    def _pack(self, parameter: nn.Parameter) -> None:
-        view = self.view_of[parameter]
-        if parameter.grad is None:
-            view.zero_()
-        else:
-            torch.mul(parameter.grad, 1 / self.world_size, out=view)
-        parameter.grad = view
-
-    def _message(self, number: int) -> Tensor:
-        return self.flats[number]
+        return plan_buckets(self.trainable, self.bucket_size_mb)
 
 
 # --- 9. One switch for all of them ---

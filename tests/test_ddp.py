@@ -192,10 +192,10 @@ def rank_messages(ranks, mode, bucket_size_mb=0.002):
 
 @pytest.mark.parametrize("mode", OURS)
 def test_number_of_messages(mode):
-    """One all-reduce per used gradient and one of flags; one per dtype; one per bucket: as torch's profiler counts."""
+    """One all-reduce per used gradient and one of flags; one per dtype; one per group: as torch's profiler counts."""
     for result in ddp.run_ranks(rank_messages, 2, mode):
         num_trainable = result["trainable"]  # two of them, the layer nobody uses, are not sent by the naive rung
-        expected = {"naive": num_trainable - 2 + 1, "flat": 2, "individual": num_trainable + 1}
+        expected = {"naive": num_trainable - 2 + 1, "flat": 2, "individual": num_trainable}
         assert result["calls"] == expected.get(mode, result["groups"]), f"{mode}: {result['calls']} messages"
     if mode == "bucketed":
         assert 2 < result["groups"] < num_trainable, f"{result['groups']} buckets of {num_trainable} parameters"
@@ -225,7 +225,7 @@ def rank_overlap(ranks, mode):
 
 def test_overlap():
     """All messages but those that hold the very last gradient leave while gradients are still being computed."""
-    for mode, sizes in (("individual", [1] * 18 + [0]), ("bucketed", [6, 6, 6])):
+    for mode, sizes in (("individual", [1] * 18), ("bucketed", [6, 6, 6])):
         for result in ddp.run_ranks(rank_overlap, 2, mode):
             assert result["sizes"] == sizes, f"{mode}: groups of {result['sizes']} parameters"
             events = [tuple(event) for event in result["events"]]
