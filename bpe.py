@@ -894,10 +894,9 @@ reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {work
 
 gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
     {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero}
-    took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb} until
-    {late}. {one} {weekday} {he} {went} to {pet} with the {thing} in {a state3} {container}. "I made it, because
-    {spent}," {said} {hero}. "{hooray}! I can {use} it every {weekday2}," {cried} {pet}. {feast} {ever} {he} {save}.
-late = noon dusk dark midnight sunset supper dinner
+    took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb}. {one}
+    {weekday} {he} {went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent}," {said}
+    {hero}. "{hooray}! Now I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.
 spent/save: the money went on {a look4} {garment3}/bought no {garment3} again
   | {a scary} {thief} took the money/hid the money from every {thief}
   | the coins fell down {a look4} drain/kept coins in {a state4} {container}
