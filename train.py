@@ -39,12 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import END_OF_TEXT, Tokenizer, UserError, load_tokens, prepare, story_nats
+from bpe import END_OF_TEXT, Prepared, Tokenizer, UserError, load_tokens, prepare, story_nats
 from ddp import (
     RankFailure,
     Ranks,
     all_reduce_sum,
-    broadcast_object,
     explain_failure,
     init_distributed,
     on_rank_0,
@@ -457,17 +456,6 @@ def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None
     return line + f"{bits * math.log(2):.4f} nats/byte, floor {floor:.4f}"
 
 
-def start_run_folder(folder: Path, tokenizer_dir: Path, description: dict) -> None:
-    """config.json and a copy of the tokenizer: a run can be read back when the data is long gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
-        if (tokenizer_dir / name).exists():
-            shutil.copyfile(tokenizer_dir / name, folder / name)
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
-
-
 def plot_run(folder: Path) -> Path:
     """loss.png in the run's folder: training and validation loss against tokens. Needs matplotlib."""
     pyplot = import_optional("matplotlib.pyplot", "--plot")
@@ -736,6 +724,22 @@ def next_run_name(out_dir: Path, dataset: str) -> str:
     return f"{stem}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
 
 
+def start_run_folder(out_dir: Path, name: str | None, data: Prepared, description: dict, folder: Path | None) -> Path:
+    """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
+    a run can be read back when the data is long gone. A folder that holds a run already is refused."""
+    if folder is None:
+        folder = out_dir / (name or next_run_name(out_dir, data.dataset))
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+        shutil.copyfile(data.tokenizer_dir / file, folder / file)
+    temporary = folder / ".config.json.tmp"
+    temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "config.json")
+    return folder
+
+
 def newest_run(out_dir: Path) -> Path:
     """The run folder that was written to last."""
     runs = [path.parent for path in out_dir.glob("*/config.json") if latest_checkpoint(path.parent)]
@@ -835,15 +839,11 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
     log = None
     if recording:
-        if not resuming:
-            name = place.run_name or next_run_name(Path(place.out_dir), data.dataset)
-            folder = Path(place.out_dir) / broadcast_object(name)
-            if (folder / "config.json").exists():
-                raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
+        description = {"requested_dataset": requested, "preset": place.preset, "tokenizer_hash": tokenizer.hash(),
+                       "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
+        folder = on_rank_0(lambda: start_run_folder(Path(place.out_dir), place.run_name, data, description, folder),
+                           "making the run's folder")
         if ranks.rank == 0:
-            start_run_folder(folder, data.tokenizer_dir, {
-                "requested_dataset": requested, "preset": place.preset, "model": dataclasses.asdict(model_config),
-                "train": dataclasses.asdict(config), "tokenizer_hash": tokenizer.hash(), "torch": torch.__version__})
             log = RunLog(folder, resume_at=step if resuming else None, wandb=place.wandb)
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads")
@@ -889,7 +889,7 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
+        losses = []
         for micro in range(config.grad_accum_steps):
             # Slice number s of the batch is the same sequences with the same dropout, whoever computes it: rank s of
             # many processes or micro-batch s of one. So two processes equal one, to the last bit.
@@ -904,7 +904,7 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
                 with autocast():
                     micro_loss = cross_entropy(module(inputs), targets) / config.grad_accum_steps
                 scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            losses.append(micro_loss.detach())
         if ranks.world_size > 1:
             module.finish_gradient_synchronization()
         scaler.unscale_(optimizer)
@@ -916,7 +916,7 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
         interval_tokens += tokens_per_step
         telling = step % config.log_interval == 0 or step == 1 or step == config.max_steps
         if telling or step % config.save_interval == 0:
-            train_loss = all_reduce_sum(loss.item()) / ranks.world_size
+            train_loss = all_reduce_sum(sum(loss.item() for loss in losses)) / ranks.world_size  # added in float64
             if not math.isfinite(train_loss):
                 raise UserError(f"step {step}: the loss is {train_loss}, no checkpoint holds it: lower --lr or raise "
                                 f"--warmup_steps, and start again")
