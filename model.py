@@ -209,8 +209,8 @@ class Embedding(nn.Module):
         self.weight = truncated_normal(num_embeddings, embedding_dim, std=1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # subtle: weight[ids] would read id -1 as the last row; index_select refuses it.
-        return self.weight.index_select(0, ids.flatten()).view(*ids.shape, -1)  # (..., embedding_dim)
+        # subtle: index_select would do the same, but on CUDA its backward adds up repeated ids in no fixed order.
+        return self.weight[ids]  # (..., embedding_dim)
 
 
 class RMSNorm(nn.Module):

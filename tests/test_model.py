@@ -82,8 +82,8 @@ def test_layers_equal_torch():
     torch.testing.assert_close(silu(x), F.silu(x))
     ids = torch.tensor([[0, 12, 3], [3, 3, 1]])
     assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
-    with pytest.raises((IndexError, RuntimeError)):
-        embedding(torch.tensor([-1]))
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([13]))
     swiglu = SwiGLU(12, 20)
     w1, w2, w3 = swiglu.w1.weight, swiglu.w2.weight, swiglu.w3.weight
     torch.testing.assert_close(swiglu(x), F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2))
