@@ -181,9 +181,7 @@ def heap_order(token: bytes) -> str:
 
 
 def train_fast(
-    word_counts: Mapping[str, int],
-    num_merges: int,
-    known_merges: Sequence[Pair] = (),
+    word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
     on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
 ) -> list[Pair]:
     """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
@@ -381,24 +379,22 @@ class Progress:
     """One line on stderr while something long runs: how much is done, how fast, how long it still takes."""
 
     def __init__(self, what: str, total: int, unit: str = "MB", shown: bool = True) -> None:
-        self.what, self.unit, self.shown, self.terminal = what, unit, shown, sys.stderr.isatty()
-        self.scale = 1e6 if unit == "MB" else 1
-        self.total, self.started = total / self.scale, time.monotonic()
-        self.printed = self.started
+        self.what, self.total, self.unit, self.shown = what, total, unit, shown
+        self.started = self.printed = time.monotonic()
+        self.terminal = sys.stderr.isatty()  # there a line overwrites the last one; a log file gets fewer
 
     def update(self, done: int) -> None:
-        now = time.monotonic()
-        if self.shown and now - self.printed > (0.5 if self.terminal else 10):  # fewer lines in a log file
-            self.printed, done = now, done / self.scale
-            rate = max(done, 1e-9) / (now - self.started)
-            line = f"{self.what:<20} {done:9,.1f} of {self.total:,.1f} {self.unit}, {rate:,.1f} a second, "
-            line += f"{(self.total - done) / rate:,.0f} s left"
-            line, end = (f"\r{line:<99}", "") if self.terminal else (line, "\n")
-            print(line, end=end, file=sys.stderr, flush=True)
+        now, scale = time.monotonic(), 1e6 if self.unit == "MB" else 1
+        if self.shown and done and now - self.printed > (0.5 if self.terminal else 10):
+            self.printed = now
+            rate = done / (now - self.started)
+            line = f"{self.what:<20} {done / scale:9,.1f} of {self.total / scale:,.1f} {self.unit}, "
+            line += f"{rate / scale:,.1f} a second, {(self.total - done) / rate:,.0f} s left"
+            print(f"{line:<99}", end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.terminal and self.printed > self.started:
-            print("\r" + " " * 99, end="\r", file=sys.stderr, flush=True)
+            print(" " * 99, end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -444,11 +440,7 @@ def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int)
 
 
 def count_words(
-    path: Path,
-    special_tokens: Sequence[str],
-    *,
-    num_workers: int | None = None,
-    cache: Path | None = None,
+    path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None, cache: Path | None = None,
     progress: bool = False,
 ) -> dict[str, int]:
     """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text."""
@@ -476,15 +468,9 @@ def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
 
 
 def train_bpe(
-    input_path: str | os.PathLike,
-    vocab_size: int,
-    special_tokens: Sequence[str],
-    *,
-    num_workers: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = False,
-    on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
-    seconds: dict[str, float] | None = None,
+    input_path: str | os.PathLike, vocab_size: int, special_tokens: Sequence[str], *, num_workers: int | None = None,
+    cache_dir: str | os.PathLike | None = None, progress: bool = False,
+    on_merge: Callable[[Pair, int], None] = lambda pair, count: None, seconds: dict[str, float] | None = None,
 ) -> tuple[dict[int, bytes], list[Pair]]:
     """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
 
@@ -602,12 +588,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
+        known = self._known.get  # texts repeat themselves: nearly every piece has been seen before
         for place, part in enumerate(self._specials.split(text) if self._specials else [text]):
             if place % 2:  # split() puts the special tokens at the odd places
                 ids.append(self.token_ids[part.encode("utf-8")])
-                continue
-            for piece in PIECE.findall(part):  # texts repeat themselves: nearly every piece is known
-                ids += self._known[piece] if piece in self._known else self._encode_piece(piece)
+            else:
+                for piece in PIECE.findall(part):
+                    ids += known(piece) or self._encode_piece(piece)
         return ids
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
@@ -667,20 +654,11 @@ class Tokenizer:
         merges = [(written[left], written[right]) for left, right in self.merges]
         specials = {self.token_ids[special.encode("utf-8")]: special for special in self.special_tokens}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        theirs = {
-            "version": "1.0",
-            "added_tokens": [{"id": token_id, "content": text, **flags} for token_id, text in sorted(specials.items())],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {  # here the special tokens stand as they are
-                "type": "BPE",
-                "vocab": {specials.get(token_id, token): token_id for token, token_id in vocab.items()},
-                "merges": merges,
-            },
-        }
+        added = [{"id": token_id, "content": special, **flags} for token_id, special in sorted(specials.items())]
+        splitter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        theirs = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splitter}
+        named = {specials.get(token_id, token): token_id for token, token_id in vocab.items()}  # specials as they are
+        theirs |= {"decoder": splitter, "model": {"type": "BPE", "vocab": named, "merges": merges}}
         write_json(directory / "vocab.json", vocab)
         with write_atomically(directory / "merges.txt") as file:
             file.writelines(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
@@ -691,12 +669,11 @@ class Tokenizer:
         cls, vocab_path: str | os.PathLike, merges_path: str | os.PathLike, special_tokens: Iterable[str] | None = None
     ) -> "Tokenizer":
         """Read vocab.json and merges.txt, those of save() or GPT-2's own."""
-        with _explained(vocab_path):
-            vocab = _bytes_of(json.loads(Path(vocab_path).read_text(encoding="utf-8")))
-        with _explained(merges_path):
+        with _explained(f"{vocab_path} or {merges_path}"):
+            vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
             lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            merges = _pairs_of(line for line in lines if line and not line.startswith("#version"))
-        return cls(vocab, merges, special_tokens)
+            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            return cls(*_from_printable(vocab, pairs), special_tokens)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Tokenizer":
@@ -709,38 +686,34 @@ class Tokenizer:
             if not plain or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
                 raise UserError(f"{path} is no plain byte-level BPE: one with a normalizer or splitter cannot be used")
             specials = {token["id"]: token["content"] for token in added}
-            vocab = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
-            vocab = _bytes_of(vocab) | {token_id: special.encode("utf-8") for token_id, special in specials.items()}
-            merges = _pairs_of(model["merges"])
-        return cls(vocab, merges, specials.values())
+            ordinary = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # old files, new
+            vocab, merges = _from_printable(ordinary, pairs)
+            vocab |= {token_id: special.encode("utf-8") for token_id, special in specials.items()}
+            return cls(vocab, merges, specials.values())
 
 
 @contextlib.contextmanager
-def _explained(path: str | os.PathLike) -> Iterator[None]:
-    """Turn whatever goes wrong while a tokenizer's file is read into one sentence."""
+def _explained(files: Any) -> Iterator[None]:
+    """Turn whatever goes wrong while a tokenizer's files are read into one sentence."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): train a tokenizer, or give its right place") from None
+        problem = f"cannot read {error.filename} ({error.strerror}): train a tokenizer, or give its right place"
+        raise UserError(problem) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
+        raise UserError(f"{files} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
 
-def _bytes_of(vocab: dict[str, int]) -> dict[int, bytes]:
+def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tuple[dict[int, bytes], list[Pair]]:
+    """Vocabulary and merges as bytes again; an exception where they are not what save() writes."""
     byte_of = {character: byte for byte, character in printable_bytes().items()}
     tokens = {int(token_id): bytes(byte_of[character] for character in token) for token, token_id in vocab.items()}
     if not 0 < len(tokens) == len(vocab):
         raise ValueError("no token at all, or one id for several")
-    return tokens
-
-
-def _pairs_of(merges: Iterable[str | list[str]]) -> list[Pair]:
-    """Older files have merges as "a b", newer ones as ["a", "b"]."""
-    byte_of = {character: byte for byte, character in printable_bytes().items()}
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    return [tuple(bytes(byte_of[character] for character in token) for token in (left, right)) for left, right in pairs]
+    return tokens, [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
 
 
 # --- 7. From text to token arrays ---
@@ -751,11 +724,7 @@ def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: 
 
 
 def encode_file(
-    tokenizer: Tokenizer,
-    text_path: str | os.PathLike,
-    npy_path: str | os.PathLike,
-    *,
-    num_workers: int | None = None,
+    tokenizer: Tokenizer, text_path: str | os.PathLike, npy_path: str | os.PathLike, *, num_workers: int | None = None,
     progress: bool = False,
 ) -> int:
     """Encode a text file into an array of ids on disk; returns their number.
@@ -1145,10 +1114,8 @@ def story_nats(text: str) -> float:
 
 NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
 KINDS = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
+UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+UNITS += "seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -1163,11 +1130,10 @@ def in_words(number: int) -> str:
     >>> in_words(7), in_words(42), in_words(119)
     ('seven', 'forty-two', 'one hundred and nineteen')
     """
-    if number < 20:
-        return UNITS[number]
-    if number < 100:
-        return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
-    return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
+    if number >= 100:
+        return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
+    tens, rest = TENS[number // 10 - 2], number % 10
+    return UNITS[number] if number < 20 else f"{tens}-{UNITS[rest]}" if rest else tens
 
 
 def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
@@ -1404,13 +1370,8 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
 
 
 def prepare(
-    dataset: str,
-    *,
-    vocab_size: int,
-    special_tokens: Sequence[str] = (END_OF_TEXT,),
-    data_dir: str | os.PathLike = "data",
-    data_bytes: int | None = None,
-    num_workers: int | None = None,
+    dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
+    data_dir: str | os.PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Prepared:
     """From a corpus's name, or a text file's path, to token arrays. Runs what is missing, with one line for each stage.
@@ -1473,6 +1434,10 @@ def peak_memory_bytes() -> int:
     return sum(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
+def longest_token(tokenizer: Tokenizer) -> bytes:
+    return max((left + right for left, right in tokenizer.merges), key=len, default=b"")
+
+
 def library_sources() -> bytes:
     """A text that is present everywhere: the modules of Python's own library."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -1482,7 +1447,7 @@ def library_sources() -> bytes:
 
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
-    """Train, print merges as they come (the first ones and every fortieth part), and what came of it."""
+    """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
     number, step, seconds = itertools.count(1), max(1, vocab_size // 40), {}
     print(f"training {vocab_size:,} tokens on {text_size(path) / 1e6:,.1f} MB\n   merge      count  new token")
 
@@ -1494,7 +1459,7 @@ def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], n
     tokenizer = Tokenizer(vocab, merges, special_tokens)
     text = read_text(path, *chunks_of(path, special_tokens, 1_000_000)[0])
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {max(vocab.values(), key=len)!r}")
+    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {longest_token(tokenizer)!r}")
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
@@ -1522,9 +1487,8 @@ def report(data_dir: Path) -> str:
         tokenizer, facts = Tokenizer.load(folder), read_json(folder / "training.json")
         name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
         training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
-        longest = max(tokenizer.vocab.values(), key=len)
         slowest = max(seconds, key=lambda stage: seconds[stage])
-        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
+        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest_token(tokenizer)!r}")
         ratios = [
             len("".join(texts).encode("utf-8")) / max(1, sum(len(tokenizer.encode(text)) for text in texts))
             for texts in corpora.values()
