@@ -35,6 +35,7 @@ import concurrent.futures.process
 import contextlib
 import errno
 import functools
+import gzip
 import hashlib
 import heapq
 import http.client
@@ -482,31 +483,30 @@ def train_bpe(
     num_merges = num_merges_for(vocab_size, special_tokens)
     text_size(path)
     merges: list[Pair] = []
-    kept = counts_cache = None
+    kept_counts = kept_merges = None
     if cache_dir is not None:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256")
         key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
-        kept = Path(cache_dir) / f"{key.hexdigest()[:32]}.merges.txt"
-        counts_cache = kept.with_name(kept.name.replace("merges.txt", "counts.json"))
-        merges = _read_kept_merges(kept)
-    started = time.perf_counter()
+        kept_counts, kept_merges = (Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("json", "merges"))
+        merges = read_kept_merges(kept_merges)
+    times = [time.perf_counter()]
     if len(merges) < num_merges:
-        counts = count_words(path, special_tokens, num_workers=num_workers, cache=counts_cache, progress=progress)
-        counted = time.perf_counter()
+        counts = count_words(path, special_tokens, num_workers=num_workers, cache=kept_counts, progress=progress)
+        times.append(time.perf_counter())
         meter, number = Progress("merging pairs", num_merges, "merges", progress), itertools.count(len(merges) + 1)
-        with open(kept, "a", encoding="ascii", buffering=1) if kept else contextlib.nullcontext() as file:
+        with open(kept_merges or os.devnull, "a", encoding="ascii", buffering=1) as log:  # line by line
 
-            def made(pair: Pair, count: int) -> None:
-                if file:
-                    file.write(f"{pair[0].hex()} {pair[1].hex()}\n")
+            def tell(pair: Pair, count: int) -> None:
+                log.write(f"{pair[0].hex()} {pair[1].hex()}\n")
                 meter.update(next(number))
                 on_merge(pair, count)
 
-            merges = train_fast(counts, num_merges, merges, made)
+            merges = train_fast(counts, num_merges, merges, tell)
         meter.close()
-        if seconds is not None:
-            seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
+        times.append(time.perf_counter())
+    if seconds is not None:
+        seconds |= {stage: end - start for stage, start, end in zip(("counting", "merging"), times, times[1:])}
     merges = merges[:num_merges]
     if len(merges) < num_merges:
         print(f"{path}: no pair is left after {len(merges):,} of {num_merges:,} merges", file=sys.stderr)
@@ -515,14 +515,13 @@ def train_bpe(
     return dict(enumerate(vocab)), merges
 
 
-def _read_kept_merges(path: Path) -> list[Pair]:
-    """The merges of earlier trainings on the same text; a last line that a crash cut short is dropped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="ascii").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        os.truncate(path, sum(map(len, whole)))
-    return [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in (line.split(" ") for line in whole)]
+def read_kept_merges(path: Path) -> list[Pair]:
+    """The merges of earlier trainings on the same text, up to the first line that a crash has damaged."""
+    text = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
+    intact = re.match(r"(?:(?:[0-9a-f]{2})+ (?:[0-9a-f]{2})+\n)*", text).group()
+    with write_atomically(path) as file:
+        file.write(intact)
+    return [tuple(map(bytes.fromhex, line.split())) for line in intact.splitlines()]
 
 
 # --- 6. The tokenizer ---
@@ -1227,8 +1226,8 @@ def download(
                     whole = int(response.headers["Content-Range"].rpartition("/")[2])
                 else:  # this server knows no Range and sends everything from the beginning
                     have, whole = 0, int(response.headers.get("Content-Length") or 0)
-                if expected_bytes not in (None, whole):
-                    raise OSError(f"the file there has {whole:,} bytes instead of {expected_bytes:,}")
+                if whole == 0 or expected_bytes not in (None, whole):
+                    raise OSError(f"the file there has {whole or 'no'} bytes instead of {expected_bytes or 'some'}")
                 total = min(first_bytes or whole, whole)
                 meter = Progress(f"loading {path.stem}", total)
                 with open(part, "ab" if have else "wb") as file:
@@ -1263,16 +1262,16 @@ def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) 
     if url.endswith(".gz"):
         # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
         download(url, fetched, first_bytes=taken and taken // 2)
-        unpacked, unpacker = path.with_name(path.name + ".whole"), zlib.decompressobj(wbits=31)
-        with open(fetched, "rb") as source, open(unpacked, "wb") as target:
-            while target.tell() < (taken or whole + 1) and (data := source.read(1 << 18)):
-                target.write(unpacker.decompress(data)[: (taken or whole + 1) - target.tell()])
-        fetched.unlink()
-        fetched = unpacked
-        if not taken and fetched.stat().st_size != whole:
-            raise OSError(f"{url}: {fetched.stat().st_size:,} bytes of text instead of {whole:,}")
+        packed, fetched, room = fetched, path.with_name(path.name + ".whole"), taken or whole + 1
+        with gzip.open(packed) as source, open(fetched, "wb") as target, contextlib.suppress(EOFError, zlib.error):
+            while target.tell() < room and (data := source.read1(1 << 18)):  # a part ends anywhere
+                target.write(data[: room - target.tell()])
+        packed.unlink()
     else:
         download(url, fetched, first_bytes=taken, expected_bytes=whole)
+    size = fetched.stat().st_size
+    if size == 0 or (not taken and size != whole):
+        raise OSError(f"{url}: {size:,} bytes of text instead of {taken or whole:,}")
     if taken:
         with open(fetched, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             end = data.rfind(END_OF_TEXT.encode("ascii"))
