@@ -128,8 +128,9 @@ def table_rungs(args: argparse.Namespace) -> dict[str, Any]:
     variants = {mode: {"mode": mode, "bucket_size_mb": 25.0} for mode in MODES}
     result = run_ranks(rank_steps, args.world_size, variants, args.steps, timeout_s=900)[0]
     formula = bytes_sent_per_rank("all_reduce", result["num_bytes"], args.world_size)
+    tensors = f"{result['num_tensors']} tensors, {result['num_bytes'] / 1e6:.1f} MB"
     print(f"\nrungs: {args.world_size} processes, {TOKENS_PER_RANK} tokens each, {args.steps - 2} steps; ", end="")
-    print(f"{result['num_tensors']} tensors, {result['num_bytes'] / 1e6:.1f} MB; each rank sends {formula / 1e6:.1f} MB")
+    print(f"{tensors}; by formula {formula / 1e6:.1f} MB a rank")
     print(f"{'--ddp':12}{'ms':>8}{'quartiles':>16}{'over bucketed':>15}{'quartiles':>14}{'bytes/formula':>15}  equal")
     for mode in MODES:
         seconds = result["seconds"][mode]
@@ -155,7 +156,7 @@ def table_buckets(args: argparse.Namespace) -> dict[str, Any]:
     result = run_ranks(rank_steps, args.world_size, variants, args.steps, timeout_s=900)[0]
     total = result["num_bytes"]
     best = math.sqrt(total * bytes_per_s * tiny)
-    print(f"\nbuckets: measured s = {total / 1e6:.1f} MB, w = {bytes_per_s / 1e9:.2f} GB/s, o = {1e3 * tiny:.2f} ms; ", end="")
+    print(f"\nbuckets: measured s = {total / 1e6:.1f} MB, w = {bytes_per_s / 1e9:.2f} GB/s, o = {1e3 * tiny:.2f} ms")
     print(f"by the model buckets of {best / 2**20:.1f} MB are best")
     print(f"{'bucket MB':>10}{'buckets':>9}{'ms':>9}{'quartiles':>16}{'model: not hidden, ms':>23}")
     rows = []
@@ -170,11 +171,11 @@ def table_buckets(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("all", "all_reduce", "rungs", "buckets"), default="all", help="default: all")
+    parser.add_argument("--table", choices=("all", "all_reduce", "rungs", "buckets"), default="all")
     parser.add_argument("--world_size", type=int, default=2, help="processes, all_reduce: at most (default 2)")
     parser.add_argument("--steps", type=int, default=20, help="of each variant, the first two uncounted (default 20)")
-    parser.add_argument("--sizes_mb", type=float, nargs="+", default=[1, 10, 100], help="default: 1 10 100")
-    parser.add_argument("--bucket_sizes_mb", type=float, nargs="+", default=[1, 10, 100, 1000], help="default: 1 ... 1000")
+    parser.add_argument("--sizes_mb", type=float, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--bucket_sizes_mb", type=float, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
     args = parser.parse_args(argv)
     if args.world_size < 2 or args.steps < 5:
