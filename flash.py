@@ -11,14 +11,24 @@ out = acc / total, and the log-sum-exp L = m + log(total) is all that the backwa
 probability as exp(score - L). Two more ideas make it fast on packed documents: tiles that nobody may see are never
 touched, and tiles that everybody may see are computed without a mask.
 
-  1. The rule: who sees whom          4. The kernels in Triton: forward
-  2. The same, tile by tile           5. The kernels in Triton: backward
-  3. Which tiles can be skipped       6. One function for all of them
+  1. The rule: who sees whom          5. The kernels in Triton: backward
+  2. The same, tile by tile           6. One function for all of them
+  3. Which tiles can be skipped       7. Seeing it
+  4. The kernels in Triton: forward
+
+Run it:
+
+    python flash.py                            # errors against float64, tiles skipped, bytes, on a packed batch
+    python flash.py --show_attention_mask      # the tiles of that batch, in the terminal
+    TRITON_INTERPRET=1 python flash.py --context_length 150      # the Triton kernels too, interpreted on a CPU (slow)
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -70,6 +80,11 @@ class MaskRule(NamedTuple):
     k_positions: Tensor | None  # (B, S) int32
     q_ids: Tensor | None  # (B, T) int32
     k_ids: Tensor | None  # (B, S) int32
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but causal, or nothing at all."""
+        return self.window is None and self.q_positions is None and self.q_ids is None
 
     def part(self, q_slice: slice, k_slice: slice, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """The mask of some queries and some keys: bool (B or 1, T, S)."""
@@ -327,7 +342,8 @@ def plain_bounds(causal: bool, window: int | None, *args, **kwargs) -> Tensor:
 def mask_picture(rule: MaskRule, q_len: int, k_len: int, tile: int, row: int = 0) -> str:
     """One character a tile for one row of the batch: blank skipped, light computed with the mask, solid without."""
     lines = []
-    for low, full_low, full_high, high in tile_bounds(rule, q_len, k_len, tile, tile)[row].tolist():
+    device = "cpu" if rule.q_ids is None else rule.q_ids.device
+    for low, full_low, full_high, high in tile_bounds(rule, q_len, k_len, tile, tile, device=device)[row].tolist():
         lines.append(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high))
     return "\n".join(lines)
 
@@ -779,7 +795,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
     """The same by PyTorch's own kernels; anything but plain causal costs a dense (B, T, S) mask."""
     gqa = q.shape[1] != k.shape[1]
-    if rule.window is None and rule.q_positions is None and rule.q_ids is None:
+    if rule.plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=scale, enable_gqa=gqa)
     mask = rule.part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]  # (B, 1, T, S)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
@@ -814,8 +830,7 @@ def flash_attention(
                      kv_positions=kv_positions, window=window)
     rule = mask_rule(q, k, **mask_args)
     if backend == "auto":
-        plain = rule.window is None and rule.q_positions is None and rule.q_ids is None
-        mask_bytes = 0 if plain else q.shape[0] * q.shape[2] * k.shape[2]
+        mask_bytes = 0 if rule.plain else q.shape[0] * q.shape[2] * k.shape[2]
         backend, _ = choose_backend(q.device, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
     if backend == "reference":
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -825,3 +840,119 @@ def flash_attention(
     if backend in ("tiles", "triton"):
         return forward_op(q, k, v, *operator_arguments(q, k, v, rule, scale, params, backend))[0]
     raise ValueError(f"backend is {backend!r}, but must be one of auto, triton, tiles, sdpa, reference.")
+
+
+# --- 7. Seeing it ---
+
+
+def packed_documents(batch_size: int, length: int, num_documents: int, generator: torch.Generator) -> Tensor:
+    """Ids (B, T) of rows that are each filled with documents of random lengths."""
+    cuts = torch.rand(batch_size, length - 1, generator=generator).argsort(-1)[:, :num_documents - 1] + 1
+    return torch.zeros(batch_size, length, dtype=torch.int32).scatter(1, cuts, 1).cumsum(-1).to(torch.int32)
+
+
+def with_gradients(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backend: str) -> list[Tensor]:
+    """Output, dQ, dK and dV."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = flash_attention(*inputs, **mask_args, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+
+
+def print_errors(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backends: list[str]) -> None:
+    """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
+    exact = with_gradients([x.double() for x in inputs], grad_out.double(), mask_args, "reference")
+    print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
+    for dtype in (torch.float32, torch.float16):
+        cast, cast_grad = [x.to(dtype) for x in inputs], grad_out.to(dtype)
+        for backend in backends:
+            with_gradients(cast, cast_grad, mask_args, backend)  # warm-up: compiles, fills caches
+            start = time.perf_counter()
+            results = with_gradients(cast, cast_grad, mask_args, backend)
+            float(results[1].sum())  # waits for a GPU
+            milliseconds = 1000 * (time.perf_counter() - start)
+            errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, exact)]
+            name = f"{backend} {str(dtype).removeprefix('torch.')}"
+            print(f"  {name:<22}" + "".join(f"{error:10.1e}" for error in errors) + f"{milliseconds:16.1f}")
+
+
+def print_tiles(rule: MaskRule, length: int, heads: int, tile: int) -> None:
+    """What the bounds save, and what nobody has to store."""
+    bounds = tile_bounds(rule, length, length, tile, tile, device=rule.q_ids.device)
+    low, full_low, full_high, high = bounds.long().sum((0, 1)).tolist()
+    rows, tiles = len(bounds), bounds.shape[1]
+    useful = rule.part(slice(None), slice(None), length, length, bounds.device).sum().item()
+    print(f"\ntiles of {tile} x {tile}: {rows * tiles**2:,} in all, {rows * tiles * (tiles + 1) // 2:,} causal")
+    print(f"  visited {high - low:,}, of them without a mask {full_high - full_low:,}; "
+          f"{useful / ((high - low) * tile**2):.0%} of the pairs computed are visible")
+    print("\nbytes kept for a backward pass")
+    for name, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes),
+                         ("log-sum-exp L", 4 * rows * heads * length),
+                         ("a dense mask, one byte a pair", rows * length**2),
+                         ("the (T, S) probabilities, 16 bits", 2 * rows * heads * length**2)):
+        print(f"  {name:<36}{amount:>16,}")
+
+
+def plot_mask(rule: MaskRule, length: int, tile: int, path: str) -> None:
+    """The first row's tiles as a PNG: white skipped, light computed with the mask, dark without."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
+    kinds = [[" ░█".index(x) for x in line] for line in mask_picture(rule, length, length, tile).split("\n")]
+    image = [line + [0] * (len(kinds) - len(line)) for line in kinds]
+    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, length, length, 0))
+    axes.set(xlabel="key", ylabel="query", title=f"tiles of {tile} x {tile}: skipped, masked, full")
+    figure.savefig(path, dpi=150)
+
+
+def demonstrate(args: argparse.Namespace) -> None:
+    device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(args.seed)
+    B, T, heads = args.batch_size, args.context_length, (args.num_heads, args.num_kv_heads, args.num_kv_heads)
+    if args.num_documents > T:
+        raise ValueError(f"{args.num_documents} documents do not fit into {T} tokens; lower --num_documents.")
+    mask_args = {"segment_ids": packed_documents(B, T, args.num_documents, generator).to(device), "window": args.window}
+    shapes = [(B, H, T, args.head_dim) for H in (*heads, heads[0])]
+    *inputs, grad_out = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    check_shapes(*inputs)
+    rule = mask_rule(inputs[0], inputs[1], **mask_args)
+    if args.plot:
+        plot_mask(rule, T, args.tile, args.plot)
+        return print(f"wrote {args.plot}")
+    if args.show_attention_mask:
+        tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
+        print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
+        return print(mask_picture(rule, T, T, tile))
+    print(f"{B} rows of {T} tokens in {args.num_documents} documents, {heads[0]} query and {heads[1]} key heads of "
+          f"{args.head_dim}")
+    name, reason = choose_backend(device, torch.float32, args.head_dim, B * T * T)
+    print(f"backend auto is {name}: {reason}")
+    interpreted = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
+    backends = ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or interpreted)
+    print_errors(inputs, grad_out, mask_args, backends)
+    print_tiles(rule, T, heads[0], args.tile)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="flash.py", description="Attention by tiles on a batch of packed documents.")
+    for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
+                                ("num_documents", 6, "documents in a row"), ("num_heads", 4, "query heads"),
+                                ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query"),
+                                ("tile", 64, "edge of the tiles counted and drawn"), ("seed", 0, "of the data")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--window", type=int, help="see only so many tokens back, itself included (default: all)")
+    parser.add_argument("--show_attention_mask", action="store_true", help="only draw the tiles of the first row")
+    parser.add_argument("--plot", metavar="PNG", help="only draw them as a picture (needs matplotlib)")
+    args = parser.parse_args(argv)
+    try:
+        for name, value in vars(args).items():
+            if name not in ("window", "seed") and type(value) is int and value < 1:
+                raise ValueError(f"--{name} is {value}, but must be at least 1.")
+        demonstrate(args)
+    except (ValueError, OSError) as error:
+        print(f"flash.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,37 @@ def test_documents_do_not_touch(backend: str) -> None:
         assert torch.equal(x, again)
         assert torch.equal(x[:, :, ids != 1], y[:, :, ids != 1])
         assert not torch.equal(x[:, :, ids == 1], y[:, :, ids == 1])
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_documents_do_not_touch_in_the_model(backend: str) -> None:
+    """In a whole model, changing one document's tokens leaves the other documents' logits and gradients bit-identical.
+
+    The gradients are those of a loss over the other documents, for every parameter.
+    """
+    from model import ModelConfig, TransformerLM
+
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 30, (1, 50), device=DEVICE)
+    tokens[0, [12, 37]] = 0  # end of text
+    ids = flash.segment_ids_from_tokens(tokens, 0)
+    others = ids[0] != 1
+    config = ModelConfig(vocab_size=30, context_length=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1,
+                         d_ff=48, attention="flash")
+    attention = partial(flash.flash_attention, backend=backend, params=small_launches(32, 32))
+    model = TransformerLM(config, None if backend == "auto" else attention).to(DEVICE)
+    changed = torch.where((ids == 1) & (tokens != 0), tokens % 29 + 1, tokens)
+    results = []
+    for batch in (tokens, changed):
+        logits = model(batch, positions=flash.positions_in_segments(ids), segment_ids=ids)  # (1, T, V)
+        loss = F.cross_entropy(logits[0, others], batch[0, others])
+        results.append((logits, torch.autograd.grad(loss, tuple(model.parameters()))))
+    (logits, grads), (changed_logits, changed_grads) = results
+    assert torch.equal(logits[:, others], changed_logits[:, others])
+    assert not torch.equal(logits[:, ~others], changed_logits[:, ~others])
+    assert all(torch.equal(x, y) for x, y in zip(grads, changed_grads))
+    alone = model(tokens[:, 13:38])  # positions restart, so a document is the same on its own
+    torch.testing.assert_close(logits[:, 13:38], alone, atol=1e-5, rtol=1e-5)
 
 
 # --- 4. The functions that others call ---
