@@ -128,6 +128,49 @@ def test_adamw_refuses_nonsense():
         AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, 1.0))
 
 
+def test_orthogonalize_keeps_directions_and_evens_out_their_sizes():
+    """Singular values of wide, tall and batched matrices go to 0.7 ... 1.2; the singular vectors stay (float64 SVD)."""
+    torch.manual_seed(4)
+    for shape in ((6, 10), (12, 5), (3, 8, 8)):
+        u, s, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+        s = torch.linspace(1, 0.2, s.shape[-1], dtype=torch.float64).expand_as(s)
+        result = train.orthogonalize(u @ (s[..., None] * vh))
+        new = u.mT @ result @ vh.mT
+        values = new.diagonal(dim1=-2, dim2=-1)
+        assert values.min() > 0.65 and values.max() < 1.25, values
+        assert (new - torch.diag_embed(values)).abs().max() < 1e-10
+
+
+def test_muon_equals_torchs():
+    """Five steps on matrices follow torch.optim.Muon with the same scaling, up to its bfloat16; the rest is AdamW."""
+    torch.manual_seed(5)
+    ours = [torch.nn.Parameter(torch.randn(shape) * 0.1) for shape in ((16, 24), (16, 24), (40, 8), (7,))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = train.Muon([{"params": ours[:3], "muon": True}, {"params": ours[3:]}], lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon(theirs[:3], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True,
+                         adjust_lr_fn="match_rms_adamw")
+    c = AdamW(theirs[3:], lr=0.02, weight_decay=0.1)
+    for step in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.cos(p.detach() * 9 + step)
+            q.grad = p.grad.clone()
+        for optimizer in (a, b, c):
+            optimizer.step()
+    for p, q in zip(ours[:3], theirs):
+        torch.testing.assert_close(p, q, atol=0.02 * 0.2 * 5 * 0.15, rtol=0)  # 15 % of the way that five steps go
+    assert torch.equal(ours[3], theirs[3])
+
+
+def test_muon_takes_the_matrices_inside_the_blocks():
+    """Matrices of blocks go to Muon; embedding, head and gains stay with AdamW; every parameter is in one group."""
+    model = tiny_model()
+    groups = train.parameter_groups(model, 0.1, muon=True)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for group in groups if group.get("muon") for p in group["params"]}
+    assert muon == {name for name in names.values() if ".attn." in name or ".ffn." in name}
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
+
+
 # --- Learning rate and clipping ---
 
 
@@ -312,7 +355,7 @@ def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     assert "sample.py --run" in printed and all(len(line) <= 100 for line in printed.splitlines() if "step" in line[:4])
 
 
-@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--grad_accum_steps=2", "--warmup_steps=3", "--qk_norm")])
+@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--grad_accum_steps=2", "--optimizer=muon")])
 def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
     """10 steps equal 5 + resume + 5, bit for bit, in parameters, optimizer and losses, with dropout too."""
     train.main(flags(corpus, tmp_path / "whole", *more))
