@@ -15,6 +15,12 @@ the bytes and makes a new token of the pair of neighbours that is most frequent,
     python bpe.py --out my_tokenizer --show "How is this cut?"
     python bpe.py --report                       compares the tokenizers and corpora under data/
 
+The first prints each merge as it is made, and in the end how a line of Python is cut (Ġ is a space):
+
+       4     73,015  b'\\n' + b'    '
+     725        499  b' t' + b'uple'
+    14 tokens: f|or|Ġline|Ġin|Ġsys|.|st|d|in|:|Ġprint|(|line|)
+
 Contents
     1. Pre-tokens: where a text may be cut
     2. Training: the definition
@@ -92,7 +98,7 @@ BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p
 FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
 
 
-def special_pattern(special_tokens: Iterable[str]) -> re.Pattern | None:
+def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern | None:
     """Finds special tokens, in a group so that split() keeps them; None when there are none.
 
     >>> special_pattern(["<|a|>", "<|a|><|b|>"]).split("x<|a|><|b|>y")
@@ -101,7 +107,7 @@ def special_pattern(special_tokens: Iterable[str]) -> re.Pattern | None:
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    return regex.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
@@ -305,8 +311,7 @@ def chunks_of(path: str | os.PathLike, special_tokens: Sequence[str], num_bytes:
     A part begins at a special token or, where none is near, at a border; never within a special token.
     """
     size, window = text_size(path), 16_384
-    pattern = special_pattern(special_tokens)
-    specials = regex.compile(pattern.pattern) if pattern else None
+    specials = special_pattern(special_tokens)
     margin = max((len(token.encode("utf-8")) for token in special_tokens), default=0) + 4
     borders, target = [0], num_bytes
     with open(path, "rb") as file:
@@ -1244,8 +1249,7 @@ def download(
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise UserError(f"no space is left for {path}: make room, then run again") from None
             if getattr(error, "code", None) == 416 and have:  # nothing there behind what we have: not the same file
-                part.unlink()
-                part.touch()
+                os.truncate(part, 0)
                 continue
             reason = str(getattr(error, "reason", None) or error)
         if part.stat().st_size <= before:  # as long as something comes, the next attempt goes on from there
@@ -1433,15 +1437,9 @@ def peak_memory_bytes() -> int:
     return sum(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
-def longest_token(tokenizer: Tokenizer) -> bytes:
-    return max((left + right for left, right in tokenizer.merges), key=len, default=b"")
-
-
 def library_sources() -> bytes:
     """A text that is present everywhere: the modules of Python's own library."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    if not paths:
-        raise UserError("this Python has no sources of its library: give a text file with --input")
     return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in paths)
 
 
@@ -1458,7 +1456,8 @@ def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], n
     tokenizer = Tokenizer(vocab, merges, special_tokens)
     text = read_text(path, *chunks_of(path, special_tokens, 1_000_000)[0])
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {longest_token(tokenizer)!r}")
+    longest = max(map(b"".join, merges), key=len, default=b"")
+    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {longest!r}")
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
@@ -1487,7 +1486,8 @@ def report(data_dir: Path) -> str:
         name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
         training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
         slowest = max(seconds, key=lambda stage: seconds[stage])
-        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest_token(tokenizer)!r}")
+        longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
+        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
         ratios = [
             len("".join(texts).encode("utf-8")) / max(1, sum(len(tokenizer.encode(text)) for text in texts))
             for texts in corpora.values()
