@@ -1428,13 +1428,12 @@ def prepare(
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process and its largest worker have held; 0 where the system does not say."""
+    """The most memory that this process, without its workers, has held; 0 where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(peaks) * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def library_sources() -> bytes:

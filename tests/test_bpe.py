@@ -224,6 +224,16 @@ def test_a_dead_worker_is_an_error():
         list(bpe.parallel_map(os._exit, 3, [()] * 6, 2))
 
 
+def test_workers_do_not_run_the_script(tmp_path):
+    """A script without `if __name__ == "__main__"` may use workers, and they do not run it again."""
+    (tmp_path / "script.py").write_text(
+        "import bpe\nprint('run')\nprint(list(bpe.parallel_map(max, 3, [(1,), (2,), (5,)], 2)))\n", encoding="utf-8"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(bpe.__file__).parent)}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.stdout == "run\n[3, 3, 5]\n", done.stdout + done.stderr
+
+
 def test_progress_says_rate_and_time_left(monkeypatch, capsys):
     """A progress line has what is done, the rate and the time left, in at most 100 columns."""
     now = [100.0]
