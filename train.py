@@ -32,7 +32,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -543,52 +543,74 @@ def import_optional(name: str, flag: str):
 # --- 8. Settings: one default, one place ---
 
 
+def option(default, help: str, *, choices: tuple[str, ...] | None = None, may_change: bool = False):
+    """A field of a dataclass below, which is a flag as well: default and help stand together, once."""
+    return field(default=default, metadata={"help": help, "choices": choices, "may_change": may_change})
+
+
 @dataclass
 class TrainConfig:
-    """What a run is, beside its model. A resumed run keeps all of it but the fields of MAY_CHANGE."""
+    """What a run is, beside its model: a resumed run keeps it, but for the fields that may change."""
 
-    dataset: str = "tinystories"
-    data_bytes: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    compile: bool = False
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    min_lr: float | None = None
-    warmup_steps: int | None = None
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    batch_size: int = 128
-    grad_accum_steps: int = 1
-    max_steps: int = 10_000
-    eval_interval: int = 500
-    eval_tokens: int = 200_000
-    save_interval: int = 1000
-    log_interval: int = 20
+    dataset: str = option("tinystories", "tinystories, owt, shakespeare, stories, arithmetic, or a text file's path")
+    data_bytes: int | None = option(None, "bytes of training text (none: all; 100 MB of tinystories and owt on a CPU)")
+    seed: int = option(0, "of parameters, batches and dropout")
+    dtype: str = option("auto", "arithmetic of forward and backward; parameters stay float32",
+                        choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = option(False, "torch.compile the model: a slow start, faster steps on a GPU")
+    optimizer: str = option("adamw", "who turns gradients into updates", choices=("adamw", "muon"))
+    lr: float = option(1e-3, "peak learning rate")
+    min_lr: float | None = option(None, "learning rate at the last step (none: a tenth of lr)")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a twentieth of max_steps)")
+    beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients")
+    weight_decay: float = option(0.1, "decoupled decay of matrices")
+    grad_clip: float = option(1.0, "limit of the gradient's global l2 norm")
+    batch_size: int = option(128, "sequences per step, over all processes and micro-batches")
+    grad_accum_steps: int = option(1, "micro-batches per process and step", may_change=True)
+    max_steps: int = option(10_000, "optimizer steps", may_change=True)
+    eval_interval: int = option(500, "steps between evaluations", may_change=True)
+    eval_tokens: int = option(200_000, "validation tokens scored, the first ones", may_change=True)
+    save_interval: int = option(1000, "steps between checkpoints", may_change=True)
+    log_interval: int = option(20, "steps between progress lines", may_change=True)
 
     def __post_init__(self):
-        if self.min_lr is None:
-            self.min_lr = self.lr / 10
-        if self.warmup_steps is None:
-            self.warmup_steps = min(500, self.max_steps // 20)
-        for name in ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
-                     "log_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, it is {getattr(self, name)}")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} must not be negative, it is {getattr(self, name)}")
-        if not self.grad_clip > 0:
-            raise UserError(f"--grad_clip must be greater than 0, it is {self.grad_clip}")
+        self.min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
+        self.warmup_steps = min(500, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps
+        for name, value in vars(self).items():
+            least = 1 if name.endswith(("size", "steps", "tokens", "interval")) and name != "warmup_steps" else 0
+            if isinstance(value, (int, float)) and not value >= least:
+                raise UserError(f"--{name} must be at least {least}, it is {value}")
+        if self.grad_clip == 0:
+            raise UserError("--grad_clip 0 would stop all learning: leave it away, or set it above 0")
 
 
-MAY_CHANGE = {"grad_accum_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval", "log_interval"}
+@dataclass
+class Place:
+    """Where a run stands and on what it runs: free to change whenever it goes on."""
+
+    preset: str | None = option(None, "a named shape, see python model.py (none: laptop on a CPU, baseline on a GPU); "
+                                "flags beside it beat it", choices=tuple(PRESETS))
+    run_name: str | None = option(None, "folder below --out_dir (none: <dataset>-<next free number>)")
+    resume: bool = option(False, "go on with the run that --run_name names, or with the newest")
+    out_dir: str = option("runs", "where runs are kept")
+    data_dir: str = option("data", "where texts, tokenizers and token arrays are kept")
+    num_workers: int | None = option(None, "processes that prepare data (none: one a core)")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (none: the fastest that is there)")
+    ddp: str = option("none", "how several processes share gradients, see ddp.py",
+                      choices=("none", "naive", "flat", "individual", "bucketed", "torch"))
+    bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
+    dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
+    wandb: bool = option(False, "log to Weights & Biases, too")
+    plot: bool = option(False, "draw loss.png at the end (needs matplotlib)")
+    dry_run: bool = option(False, "only state parameters, FLOPs, memory, tokens and time")
+    overfit_one_batch: bool = option(False, "train on one batch: the loss must fall to nearly 0")
+
 
 # What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
 # of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
 RECIPES: dict[str, dict] = {
-    "laptop": dict(batch_size=16, max_steps=1500, lr=3e-3, log_interval=50, eval_interval=500, save_interval=500),
+    "laptop": dict(optimizer="muon", batch_size=16, max_steps=600, lr=8e-3, log_interval=20, eval_interval=200,
+                   eval_tokens=60_000, save_interval=200),
     "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
 }
 
@@ -598,8 +620,8 @@ MODEL_HELP = {
     "d_model": "width of the residual stream",
     "num_layers": "transformer blocks",
     "num_heads": "query heads",
-    "num_kv_heads": "key and value heads (grouped-query attention); none: as many as query heads",
-    "d_ff": "width inside the feed-forward; none: 8/3 of d_model for swiglu, 4 of it for the others",
+    "num_kv_heads": "key and value heads (none: as many as query heads)",
+    "d_ff": "width inside the feed-forward (none: 8/3 of d_model for swiglu, 4 of it for the others)",
     "rope_theta": "base of the rotary frequencies",
     "norm": "where RMSNorm stands: before each sublayer, after it, nowhere",
     "pos": "positions: rotary, or none at all",
@@ -609,99 +631,35 @@ MODEL_HELP = {
     "tie_embeddings": "one matrix for token embeddings and output head",
     "attention": "who computes attention",
 }
-CHOICES = {
-    "norm": ("pre", "post", "none"),
-    "pos": ("rope", "none"),
-    "ffn": ("swiglu", "silu", "relu", "relu2"),
-    "attention": ("auto", "naive", "sdpa", "flash"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "optimizer": ("adamw", "muon"),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. Nothing has a default here (SUPPRESS): what is typed can be told from what is not, and the one
-    default of each setting stands in its dataclass, from where --help shows it."""
+    """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
+    can be told from what was not; --help shows the dataclass's."""
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-
-    def add(group, config: type, name: str, help: str) -> None:
-        field = {f.name: f for f in dataclasses.fields(config)}[name]
-        options: dict = {"default": argparse.SUPPRESS, "help": f"{help} (default: {str(field.default).lower()})"}
-        kind = str(field.type)
-        if "bool" in kind:
-            options["action"] = argparse.BooleanOptionalAction
-        elif name in CHOICES:
-            options["choices"] = CHOICES[name]
-        else:
-            options["type"] = float if "float" in kind else int if "int" in kind else str
-            options["metavar"] = {float: "X", int: "N", str: "NAME"}[options["type"]]
-        group.add_argument(f"--{name}", **options)
-
-    run = parser.add_argument_group("the run")
-    add(run, TrainConfig, "dataset", "tinystories, owt, shakespeare, stories, arithmetic, or the path of a text file")
-    add(run, TrainConfig, "data_bytes", "take only so many bytes of a downloaded or generated training text")
-    plain = dict(default=argparse.SUPPRESS)
-    run.add_argument("--run_name", help="folder below --out_dir (default: <dataset>-<next free number>)", **plain)
-    run.add_argument("--out_dir", help="where runs are kept (default: runs)", **plain)
-    run.add_argument("--data_dir", help="where texts, tokenizers and token arrays are kept (default: data)", **plain)
-    run.add_argument("--num_workers", type=int, metavar="N", help="processes for data (default: cores)", **plain)
-    run.add_argument("--resume", action="store_true", help="go on with the run named, or the newest one", **plain)
-    add(run, TrainConfig, "seed", "of parameters, batches and dropout")
-    run.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest that is there)", **plain)
-    add(run, TrainConfig, "dtype", "arithmetic of forward and backward; parameters stay float32")
-    add(run, TrainConfig, "compile", "torch.compile the model: a slow start, faster steps on a GPU")
-
-    model = parser.add_argument_group("the model")
-    model.add_argument("--preset", choices=list(PRESETS), help="a named shape, see python model.py "
-                       "(default: laptop on a CPU, baseline on a GPU); flags beside it beat it", **plain)
-    for name, help in MODEL_HELP.items():
-        add(model, ModelConfig, name, help)
-
-    optimization = parser.add_argument_group("optimization")
-    add(optimization, TrainConfig, "optimizer", "who turns gradients into updates")
-    add(optimization, TrainConfig, "lr", "peak learning rate")
-    add(optimization, TrainConfig, "min_lr", "learning rate at the last step; none: a tenth of lr")
-    add(optimization, TrainConfig, "warmup_steps", "steps of linear warm-up; none: a twentieth of max_steps")
-    add(optimization, TrainConfig, "beta2", "decay of AdamW's running mean of squared gradients")
-    add(optimization, TrainConfig, "weight_decay", "decoupled decay of matrices")
-    add(optimization, TrainConfig, "grad_clip", "limit of the gradient's global l2 norm")
-    add(optimization, TrainConfig, "batch_size", "sequences per step, over all processes and micro-batches")
-    add(optimization, TrainConfig, "grad_accum_steps", "micro-batches per process and step")
-    add(optimization, TrainConfig, "max_steps", "optimizer steps")
-
-    files = parser.add_argument_group("evaluation and files")
-    add(files, TrainConfig, "eval_interval", "steps between evaluations")
-    add(files, TrainConfig, "eval_tokens", "validation tokens scored, the first ones")
-    add(files, TrainConfig, "save_interval", "steps between checkpoints")
-    add(files, TrainConfig, "log_interval", "steps between progress lines")
-    files.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too", **plain)
-    files.add_argument("--plot", action="store_true", help="draw loss.png at the end (needs matplotlib)", **plain)
-
-    processes = parser.add_argument_group("several processes (under torchrun)")
-    processes.add_argument("--ddp", choices=("none", "naive", "flat", "individual", "bucketed", "torch"),
-                           help="how gradients are averaged, see ddp.py (default: none)", **plain)
-    processes.add_argument("--bucket_size_mb", type=float, metavar="X", help="bucket of --ddp bucketed (default: 25)",
-                           **plain)
-    processes.add_argument("--dist_timeout", type=float, metavar="SECONDS",
-                           help="a process that does not answer for so long ends the job (default: 120)", **plain)
-
-    instead = parser.add_argument_group("instead of training")
-    instead.add_argument("--dry_run", action="store_true", help="state parameters, FLOPs, memory and time", **plain)
-    instead.add_argument("--overfit_one_batch", action="store_true",
-                         help="train on one batch: the loss must fall to nearly 0, or something is broken", **plain)
+    for title, config in (("what is trained", ModelConfig), ("how; kept by a resumed run", TrainConfig),
+                          ("where, and instead of training", Place)):
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(config):
+            help = f.metadata.get("help") or MODEL_HELP[f.name]
+            help += "" if f.default is None else f" (default: {str(f.default).lower()})"
+            options: dict = {"default": argparse.SUPPRESS, "help": help}
+            choices = f.metadata.get("choices") or ModelConfig.CHOICES.get(f.name)
+            if "bool" in str(f.type):
+                options["action"] = argparse.BooleanOptionalAction
+            elif choices:
+                options["choices"] = choices
+            else:
+                kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
+                options.update(type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+            group.add_argument(f"--{f.name}", **options)
     return parser
 
 
-# What is not part of a run's identity: where it stands, and on what it runs.
-PLACE_DEFAULTS: dict = dict(run_name=None, out_dir="runs", data_dir="data", num_workers=None, resume=False, device=None,
-                            preset=None, wandb=False, plot=False, ddp="none", bucket_size_mb=25.0, dist_timeout=120.0,
-                            dry_run=False, overfit_one_batch=False, requested_dataset=None)
-
-
 def fields_of(config: type, values: dict) -> dict:
-    return {field.name: values[field.name] for field in dataclasses.fields(config) if field.name in values}
+    return {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
 
 
 def device_type_of(name: str | None) -> str:
@@ -810,7 +768,7 @@ def model_config_of(values: dict) -> ModelConfig:
         raise UserError(str(error)) from None
 
 
-def settings(typed: dict, place: argparse.Namespace) -> tuple[ModelConfig, TrainConfig, Path | None]:
+def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
     if place.resume:
         folder = Path(place.out_dir) / place.run_name if place.run_name else newest_run(Path(place.out_dir))
@@ -821,14 +779,14 @@ def settings(typed: dict, place: argparse.Namespace) -> tuple[ModelConfig, Train
             raise UserError(f"{folder}: there is no run to resume here") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder / 'config.json'}: not the configuration of a run") from None
-        place.preset, place.requested_dataset = stored.get("preset"), stored.get("requested_dataset")
+        place.preset = stored.get("preset")
         known = {**model_values, **train_values, "preset": place.preset}
+        may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata["may_change"]}
         for name, value in typed.items():
-            asked_for = place.requested_dataset if name == "dataset" else None
-            if name in known and name not in MAY_CHANGE and value not in (known[name], asked_for):
+            if name in known and name not in may_change and value != known[name]:
                 raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
                                 f"settings; leave the flag away, or start a new run without --resume")
-        train_values = {**train_values, **{name: typed[name] for name in MAY_CHANGE if name in typed}}
+        train_values = {**train_values, **{name: typed[name] for name in may_change if name in typed}}
         return model_config_of(model_values), TrainConfig(**train_values), folder
     if place.preset is None:
         place.preset = "baseline" if device_type_of(place.device) == "cuda" else "laptop"
@@ -837,7 +795,7 @@ def settings(typed: dict, place: argparse.Namespace) -> tuple[ModelConfig, Train
     return model_config, config, None
 
 
-def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -> int:
+def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
     model_config, config, folder = settings(typed, place)
     resuming, recording = folder is not None, not place.overfit_one_batch
@@ -862,7 +820,6 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
         data_bytes=config.data_bytes, num_workers=place.num_workers, say=say), "preparing the data")
     tokenizer = Tokenizer.from_files(data.tokenizer_dir / "vocab.json", data.tokenizer_dir / "merges.txt",
                                      list(special_tokens))
-    requested = place.requested_dataset or config.dataset
     if data.dataset == "stories":
         config.dataset = "stories"  # what stood in for tinystories is what a resumed run asks for
     train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
@@ -896,7 +853,7 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
     log = None
     if recording:
-        description = {"requested_dataset": requested, "preset": place.preset, "tokenizer_hash": tokenizer.hash(),
+        description = {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
                        "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
         folder = on_rank_0(lambda: start_run_folder(Path(place.out_dir), place.run_name, data, description, folder),
                            "making the run's folder")
@@ -1004,7 +961,7 @@ def train(typed: dict, place: argparse.Namespace, ranks: Ranks, say: Callable) -
 
 def main(argv: list[str] | None = None) -> None:
     typed = vars(build_parser().parse_args(argv))
-    place = argparse.Namespace(**{**PLACE_DEFAULTS, **{k: v for k, v in typed.items() if k in PLACE_DEFAULTS}})
+    place = Place(**fields_of(Place, typed))
     try:
         ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
         exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
