@@ -869,8 +869,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
     started = interval_started = time.perf_counter()
     interval_tokens, resumed_at = 0, step if resuming else -1
     tokens_per_step = config.batch_size * model_config.context_length
@@ -888,6 +888,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             if log is not None:
                 log.write(**progress, **scores)
         if log is not None and step != resumed_at and (last or stopping or (step and step % config.save_interval == 0)):
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise UserError(f"step {step}: the update left parameters that are not finite; no checkpoint holds them: "
+                                f"lower --lr or raise --warmup_steps, and start again")
             save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                             scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                             tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
@@ -914,7 +917,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                                         rows=rows)  # (B, T), (B, T)
             seed_dropout(config.seed, step, s)
             sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
-            with contextlib.nullcontext() if sending or module is model else module.no_sync():
+            with contextlib.nullcontext() if sending or ranks.world_size == 1 else module.no_sync():
                 with autocast():
                     micro_loss = cross_entropy(module(inputs), targets) / config.grad_accum_steps
                 scaler.scale(micro_loss).backward()
@@ -926,15 +929,13 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         scaler.step(optimizer)
         scaler.update()
 
-        # Tell. Reading a loss waits for the device, so it is read only when it is told or could end the run.
+        # Tell. Reading a loss waits for the device, so it is read only when it is told.
         interval_tokens += tokens_per_step
-        telling = step % config.log_interval == 0 or step == 1 or step == config.max_steps
-        if telling or step % config.save_interval == 0:
+        if step % config.log_interval == 0 or step in (1, config.max_steps):
             train_loss = all_reduce_sum(sum(loss.item() for loss in losses)) / ranks.world_size  # added in float64
             if not math.isfinite(train_loss):
                 raise UserError(f"step {step}: the loss is {train_loss}, no checkpoint holds it: lower --lr or raise "
                                 f"--warmup_steps, and start again")
-        if telling:
             now = time.perf_counter()
             speed = interval_tokens / (now - interval_started)
             interval_started, interval_tokens = now, 0
@@ -944,8 +945,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 log.write(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - started,
                           train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if log is not None:
         log.close()
         if place.plot:
@@ -962,16 +961,22 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 def main(argv: list[str] | None = None) -> None:
     typed = vars(build_parser().parse_args(argv))
     place = Place(**fields_of(Place, typed))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
         exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
         shutdown_distributed()
+    except KeyboardInterrupt:  # before the first step: nothing to save, and what is prepared so far is kept
+        raise SystemExit(130) from None
     except Exception as error:
         told = (UserError, ConnectionError, RankFailure)  # sentences for the user; anything else shows where it broke
         print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
         if not isinstance(error, told):
             raise
         raise SystemExit(2) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if exit_code:
         raise SystemExit(exit_code)
 
