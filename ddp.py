@@ -17,7 +17,7 @@ give the same bits, those of one process that accumulates the same micro-batches
     --ddp         max difference  messages  of them early  MB sent per rank
     naive                0.0e+00        35              0              2.96
     flat                 0.0e+00         1              0              2.92
-    individual           0.0e+00        35             33              2.96
+    individual           0.0e+00        34             33              2.96
     bucketed             0.0e+00         8              7              2.93
     torch                0.0e+00                                       2.92
 
@@ -577,15 +577,15 @@ def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float | None) -
     """
     if bucket_size_mb is not None and not bucket_size_mb > 0:
         raise ValueError(f"bucket_size_mb is {bucket_size_mb}, it must be positive (or None: one bucket for all)")
-    limit_mb = math.inf if bucket_size_mb is None else bucket_size_mb
+    limit = math.inf if bucket_size_mb is None else bucket_size_mb * 2**20
+    first_limit = limit if bucket_size_mb is None else min(limit, FIRST_BUCKET_MB * 2**20)
     buckets: list[list[nn.Parameter]] = []
     free_bytes = 0.0
     for parameter in parameters:
         num_bytes = parameter.numel() * parameter.element_size()
         kind = (parameter.dtype, parameter.device)
         if not buckets or num_bytes > free_bytes or kind != (buckets[-1][0].dtype, buckets[-1][0].device):
-            is_small = not buckets and bucket_size_mb is not None
-            free_bytes = 2**20 * (min(limit_mb, FIRST_BUCKET_MB) if is_small else limit_mb)
+            free_bytes = limit if buckets else first_limit
             buckets.append([])
         buckets[-1].append(parameter)
         free_bytes -= num_bytes
@@ -676,9 +676,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
 
 
-def _rank_main(
-    rank: int, function: Callable[..., Any], world_size: int, folder: str, timeout_s: float, args: tuple
-) -> None:
+def _rank_main(rank: int, function: Callable, world_size: int, folder: str, timeout_s: float, args: tuple) -> None:
     ranks = Ranks(rank, rank, world_size)
     torch.set_num_threads(1)  # more threads may add in another order, and results are compared to the bit
     try:
@@ -695,16 +693,14 @@ def _demo_collectives(ranks: Ranks) -> dict[str, Any]:
 
     def run(name: str, tensor: Tensor) -> Tensor:
         pieces = list(tensor.tensor_split(ranks.world_size))
-        if name == "broadcast":
-            dist.broadcast(tensor, 0)
-        elif name == "all_reduce":
-            start_all_reduce(tensor)()
-        elif name == "reduce_scatter":
-            start_reduce_scatter(pieces, pieces[ranks.rank])()
-            return pieces[ranks.rank]
-        else:
-            start_all_gather(pieces)()
-        return tensor
+        start = {
+            "broadcast": lambda: lambda: dist.broadcast(tensor, 0),
+            "all_reduce": lambda: start_all_reduce(tensor),
+            "reduce_scatter": lambda: start_reduce_scatter(pieces, pieces[ranks.rank]),
+            "all_gather": lambda: start_all_gather(pieces),
+        }[name]
+        start()()
+        return pieces[ranks.rank] if name == "reduce_scatter" else tensor
 
     return {
         name: {
@@ -715,11 +711,11 @@ def _demo_collectives(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, args: dict[str, Any]) -> dict[str, Any]:
+def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: str, options: dict) -> dict[str, Any]:
     """A few optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
     torch.manual_seed(0)
     layers = [module for _ in range(8) for module in (nn.Linear(300, 300), nn.LayerNorm(300), nn.GELU())]
-    model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, **args["options"])
+    model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sent = []
 
@@ -731,7 +727,7 @@ def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, args: dict[s
             (loss * ranks.world_size / num_micro_batches).backward()
         model.finish_gradient_synchronization()
 
-    for step in range(args["steps"]):
+    for step in range(num_steps):
         optimizer.zero_grad()
         sent.append(measure_bytes_sent(lambda: compute_gradients(step)))  # noqa: B023
         optimizer.step()
@@ -760,8 +756,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:16}{formula / 1e6:8.2f}{result['sent'] / 1e6:10.2f}   {numbers}")
 
     options = {"bucket_size_mb": args.bucket_size_mb, "ordered": args.ordered}
-    settings = {"steps": args.steps, "options": options}
-    [alone] = run_ranks(_demo_training, 1, world_size, "naive", settings)
+    [alone] = run_ranks(_demo_training, 1, args.steps, world_size, "naive", options)
     num_bytes = sum(4 * parameter.numel() for parameter in alone["parameters"])
     formula = bytes_sent_per_rank("all_reduce", num_bytes, world_size)
     print(f"\n{args.steps} steps of AdamW: {world_size} processes against one that accumulates their micro-batches")
@@ -771,7 +766,7 @@ def main(argv: list[str] | None = None) -> None:
     for mode in MODES:
         if mode == "torch" and args.ordered:
             continue
-        result = run_ranks(_demo_training, world_size, world_size, mode, settings)[0]
+        result = run_ranks(_demo_training, world_size, args.steps, world_size, mode, options)[0]
         difference = max((a - b).abs().max().item() for a, b in zip(alone["parameters"], result["parameters"]))
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")
