@@ -889,8 +889,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 log.write(**progress, **scores)
         if log is not None and step != resumed_at and (last or stopping or (step and step % config.save_interval == 0)):
             if not all(p.isfinite().all() for p in model.parameters()):
-                raise UserError(f"step {step}: parameters are no longer finite, and no checkpoint holds them: lower --lr "
-                                f"or raise --warmup_steps, and start again")
+                raise UserError(f"step {step}: parameters are no longer finite; nothing was saved: lower --lr or raise "
+                                f"--warmup_steps")
             save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                             scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                             tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
