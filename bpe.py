@@ -741,7 +741,7 @@ def encode_file(
     chunks, source = chunks_of(text_path, tokenizer.special_tokens, CHUNK_BYTES), file_identity(text_path)
     tasks = [(dtype.str, text_path, *chunk) for chunk in chunks]
     results = parallel_map(encode_chunk, tokenizer, tasks, workers_for(len(tasks), num_workers))
-    meter = Progress(f"encoding {text_path.name}", chunks[-1][1], shown=progress)
+    meter, started = Progress(f"encoding {text_path.name}", chunks[-1][1], shown=progress), time.perf_counter()
     header = {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
@@ -755,6 +755,8 @@ def encode_file(
         npy_path.with_suffix(".json").unlink(missing_ok=True)  # an array without one counts as missing
     meter.close()
     facts = {"tokens": count, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash(), "source": source}
+    facts["bytes_per_token"] = source["bytes"] / count
+    facts["tokens_per_second"] = count / (time.perf_counter() - started)
     write_json(npy_path.with_suffix(".json"), facts)
     return count
 
@@ -1420,7 +1422,8 @@ def prepare(
         wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
         if not (npy.exists() and wanted.items() <= read_json(npy.with_suffix(".json")).items()):
             count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
-            say(f"tokens: {npy}, {count:,} tokens of {text.stat().st_size / max(1, count):.2f} bytes on average")
+            size, speed = (read_json(npy.with_suffix(".json"))[key] for key in ("bytes_per_token", "tokens_per_second"))
+            say(f"tokens: {npy}, {count:,} tokens of {size:.2f} bytes, {speed:,.0f} a second")
     return Prepared(name, train_text, val_text, tokenizer_dir / "train.npy", tokenizer_dir / "val.npy", tokenizer_dir)
 
 

@@ -851,6 +851,30 @@ def test_own_copies_are_used(tmp_path, serve, monkeypatch):
     assert got.train_text.read_text(encoding="utf-8") == some_text(4000), "overwritten"
 
 
+@pytest.mark.faults
+def test_killed_runs(tmp_path):
+    """A run killed at any moment leaves nothing that a later run takes for complete."""
+    (tmp_path / "my.txt").write_bytes(some_text(9_000_000).encode("utf-8"))
+    code = "import bpe; bpe.prepare('my.txt', vocab_size=1500, say=print)"
+    environment = os.environ | {"PYTHONPATH": str(Path(bpe.__file__).parent)}
+    killed = 0
+    for delay in (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 2.0):
+        run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            run.wait(delay)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            killed += 1
+    assert killed >= 3, f"only {killed} runs were killed"
+    text = tmp_path / "my.txt"
+    after = prepare(str(text), vocab_size=1500, data_dir=tmp_path / "data", say=quiet)
+    clean = prepare(str(text), vocab_size=1500, data_dir=tmp_path / "clean", say=quiet)
+    assert Tokenizer.load(after.tokenizer_dir).hash() == Tokenizer.load(clean.tokenizer_dir).hash(), "other merges"
+    for mine, theirs in ((after.train_tokens, clean.train_tokens), (after.val_tokens, clean.val_tokens)):
+        assert mine.read_bytes() == theirs.read_bytes(), f"{mine} differs"
+
+
 # --- 11. the command line ---
 
 
