@@ -338,15 +338,16 @@ def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
 
 
 def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
-    payload = read_checkpoint(src)
+    """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration.
+    src: a path, a binary file object, or what read_checkpoint has read of one."""
+    payload = src if isinstance(src, dict) else read_checkpoint(src)
     try:
         unwrapped(model).load_state_dict(payload["model"])
         if optimizer is not None:
             optimizer.load_state_dict(payload["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{src}: the checkpoint belongs to another model or optimizer: {reason}") from None
+        raise UserError(f"the checkpoint belongs to another model or optimizer: {reason}") from None
     return payload["iteration"]
 
 
@@ -377,31 +378,23 @@ def validation_set(
     max_tokens: int,
     by_document: bool = False,
 ) -> ValidationSet:
-    """Cut (about) the first max_tokens validation tokens into batches.
-
-    By default consecutive windows, each token predicted once from at most context_length tokens before it. With
-    `by_document` every document is predicted alone from its first token, after one end-of-text token: what a model
-    is asked for when it writes a story, and what the generator of a built-in corpus can be compared with.
-    """
-    end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()] if by_document else None
+    """Cut (about) the first max_tokens validation tokens into batches: consecutive windows, each token predicted once
+    from at most context_length tokens before it. With `by_document` every story is predicted alone from its first
+    token, after one end-of-text token: as a model writes it, and as the generator's -log p is reckoned."""
     token_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for token, text in tokenizer.vocab.items():
         token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
-    rows, nats, scored_bytes = [], 0.0, 0
     tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
-    if end_of_text is None:
-        for start in range(0, len(tokens) - 1, context_length):
-            rows.append(tokens[start : start + context_length + 1])
-    else:
-        ends = np.flatnonzero(tokens == end_of_text)
-        for start, end in zip(np.r_[0, ends[:-1] + 1], ends):
-            rows.append(np.r_[end_of_text, tokens[start:end], end_of_text])
-            nats += story_nats(tokenizer.decode(tokens[start:end].tolist()))
-            scored_bytes += int(token_bytes[tokens[start:end]].sum())
-        rows.sort(key=len)  # neighbours of one length waste no padding
-        if rows and len(rows[-1]) > context_length + 1:
-            return validation_set(tokens, tokenizer, context_length=context_length, batch_size=batch_size,
-                                  max_tokens=max_tokens)  # a story longer than the context: windows, and no floor
+    rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
+    floor = None
+    if by_document:
+        end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()]
+        documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)[:-1]  # the last one is cut off
+        if documents and max(map(len, documents)) <= context_length:  # a longer one: windows after all, and no floor
+            rows = sorted((np.r_[end_of_text, document] for document in documents), key=len)  # little padding
+            with contextlib.suppress(ValueError):  # the text is not this generator's: no floor either
+                nats = sum(story_nats(tokenizer.decode(document[:-1].tolist())) for document in documents)
+                floor = nats / sum(token_bytes[document].sum() for document in documents)
     if not rows:
         raise UserError("the validation split is empty: take a longer text")
     batches = []
@@ -412,8 +405,7 @@ def validation_set(
         for row, ids in enumerate(group):
             inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
         batches.append((inputs, targets))
-    num_tokens = sum(len(row) - 1 for row in rows)
-    return ValidationSet(batches, token_bytes, num_tokens, nats / scored_bytes if scored_bytes else None)
+    return ValidationSet(batches, token_bytes, sum(len(row) - 1 for row in rows), floor)
 
 
 @torch.no_grad()
@@ -843,7 +835,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         payload = read_checkpoint(path)
         if payload.get("tokenizer_hash") != tokenizer.hash():
             raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
-        step = load_checkpoint(path, model, optimizer)
+        step = load_checkpoint(payload, model, optimizer)
         seconds_before = payload["seconds"]
         scaler.load_state_dict(payload["scaler"])
     module = torch.compile(model) if config.compile else model

@@ -1,5 +1,6 @@
 """train.py: each part against PyTorch or brute force; whole runs against themselves, bit for bit."""
 
+import contextlib
 import doctest
 import io
 import json
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import train
-from bpe import UserError
+from bpe import Tokenizer, UserError, load_tokens, prepare, story_nats
+from ddp import Ranks
 from model import ModelConfig, TransformerLM
 from train import (
     AdamW,
@@ -431,6 +433,33 @@ def test_evaluation_is_the_mean_over_all_windows(corpus, tmp_path):
     logged = read_log(tmp_path / "cats-1" / "log.jsonl")[-1]["val_loss"]
     assert len(nats) == len(tokens) - 1
     assert logged == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+
+
+def test_stories_are_scored_one_by_one(tmp_path):
+    """Nats per byte of built-in stories: each alone after one end-of-text token, its end included; beside the floor."""
+    data = prepare("stories", vocab_size=400, data_dir=tmp_path, data_bytes=60_000, num_workers=1, say=lambda line: None)
+    tokenizer = Tokenizer.load(data.tokenizer_dir)
+    tokens = load_tokens(data.val_tokens, tokenizer)
+    options = dict(batch_size=3, max_tokens=4000, by_document=True)
+    validation = train.validation_set(tokens, tokenizer, context_length=700, **options)
+    torch.manual_seed(0)
+    model = TransformerLM(ModelConfig(**{**TINY, "vocab_size": 400, "context_length": 700})).eval()
+    scores = train.evaluate(model, validation, torch.device("cpu"), contextlib.nullcontext, Ranks())
+    texts = data.val_text.read_text(encoding="utf-8").split("<|endoftext|>")
+    nats, num_bytes, floor, num_tokens = 0.0, 0, 0.0, 0
+    for text in texts:
+        ids = tokenizer.encode("<|endoftext|>" + text + "<|endoftext|>")
+        if num_tokens + len(ids) - 1 > 4001:
+            break
+        log_p = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0].double(), dim=-1)
+        nats -= sum(log_p[t, token].item() for t, token in enumerate(ids[1:]))
+        num_bytes, num_tokens = num_bytes + len(text.encode()), num_tokens + len(ids) - 1
+        floor += story_nats(text)
+    assert validation.num_tokens == num_tokens > 1000
+    assert scores["val_loss"] == pytest.approx(nats / num_tokens, rel=1e-5)
+    assert scores["val_bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), rel=1e-5)
+    assert validation.floor == pytest.approx(floor / num_bytes, rel=1e-9)
+    assert train.validation_set(tokens, tokenizer, context_length=50, **options).floor is None, "stories do not fit"
 
 
 # --- Mistakes ---
