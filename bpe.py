@@ -1329,9 +1329,9 @@ def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_worke
 
 
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
-    """See that train.txt and val.txt are in the folder, made from what source.json beside them says.
+    """See that train.txt and val.txt are in the folder, made from what is asked for.
 
-    Without source.json they are somebody's own and are used as they are.
+    source.json, written last, says what they were made from; without it they are somebody's own and used as they are.
     """
     record, texts = folder / "source.json", {split: folder / f"{split}.txt" for split in ("train", "val")}
     generated, loaded = dataset in ("stories", "arithmetic"), dataset in ("tinystories", "owt")
@@ -1346,25 +1346,26 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
     if loaded and made:  # what was downloaded serves whoever wants as much or less
         enough = made["data_bytes"] is None or (data_bytes is not None and data_bytes <= made["data_bytes"])
         wanted = made if enough else wanted
-    if made and made != wanted:
-        say(f"data: {folder} was made from something else and is made anew")
-        for path in texts.values():
-            path.unlink(missing_ok=True)
-    if all(path.exists() for path in texts.values()):
+    stale = bool(made) and made != wanted
+    if not stale and all(path.exists() for path in texts.values()):
         say(f"data: found {texts['train']}, {texts['train'].stat().st_size / 1e6:,.1f} MB")
         return
-    if made or not any(path.exists() for path in texts.values()):
-        write_json(record, wanted)
+    if stale and not loaded:  # a download may fail, and then the older one is better than none
+        for path in (record, *texts.values()):
+            path.unlink(missing_ok=True)
     amount = f"the first {data_bytes / 1e6:,.0f} MB" if data_bytes else "all"
     if generated:
         say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
         generate_text(dataset, 0, texts["train"], wanted["data_bytes"], num_workers)
         generate_text(dataset, 1, texts["val"], min(1_000_000, wanted["data_bytes"] // 10), num_workers)
+        write_json(record, wanted)
     elif loaded:
         say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
         for split, path in texts.items():
-            if not path.exists():
+            if not path.exists() or (stale and split == "train"):
                 download_text(dataset, split, path, data_bytes if split == "train" else None)
+                if split == "train":
+                    write_json(record, wanted)
     else:
         say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
         source = Path(dataset)
@@ -1372,6 +1373,7 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
             source = folder / "input.txt"
             download_text(dataset, "all", source, None)
         split_text(source, folder, data_bytes)
+        write_json(record, wanted)
 
 
 def prepare(
@@ -1395,16 +1397,17 @@ def prepare(
     try:
         make_texts(dataset, folder, data_bytes, num_workers, say)
     except OSError as error:
-        if not any(folder.glob("*.part")) and not (folder / "train.txt").exists():
-            (folder / "source.json").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if dataset != "tinystories":
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing has come
+        if (folder / "train.txt").exists() and (folder / "val.txt").exists():
+            say(f"data: more of {dataset} could not be downloaded ({error}), so what is in {folder} is used")
+        elif dataset == "tinystories":
+            say(f"data: tinystories could not be downloaded ({error}), so the built-in stories take its place")
+            amount = min(data_bytes or GENERATED_BYTES, GENERATED_BYTES)
+            options = {"data_dir": data_dir, "data_bytes": amount, "num_workers": num_workers, "say": say}
+            return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, **options)
+        else:
             raise UserError(f"{dataset} cannot be had ({error}): put it at {folder}/train.txt and val.txt") from None
-        say(f"data: tinystories could not be downloaded ({error}), so the built-in stories take its place")
-        amount = min(data_bytes or GENERATED_BYTES, GENERATED_BYTES)
-        options = {"data_dir": data_dir, "data_bytes": amount, "num_workers": num_workers, "say": say}
-        return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, **options)
 
     train_text, val_text, tokenizer_dir = folder / "train.txt", folder / "val.txt", folder / f"bpe{vocab_size}"
     record, seconds = tokenizer_dir / "training.json", {}

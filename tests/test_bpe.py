@@ -540,7 +540,7 @@ def test_nothing_half_written(tmp_path, tokenizer):
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"], "something was left behind"
     with pytest.raises(UserError, match="not UTF-8"):
         prepare(str(path), vocab_size=300, data_dir=tmp_path / "data")
-    assert not list((tmp_path / "data").rglob("*.txt")), "a split was written"
+    assert not list((tmp_path / "data").rglob("*")), "something was written"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -805,6 +805,11 @@ def test_prepare_a_download(tmp_path, serve, monkeypatch, dataset):
     seen = len(server.requests)
     prepare(dataset, vocab_size=300, data_dir=tmp_path, data_bytes=20_000, say=quiet)
     assert len(server.requests) == seen, "less was asked for and there"
+    server.files, all_files, said = {}, server.files, []
+    assert prepare(dataset, vocab_size=300, data_dir=tmp_path, say=said.append) == got, "what is there must serve"
+    assert any(f"more of {dataset} could not be downloaded" in line for line in said), f"{said}"
+    assert got.train_text.read_text(encoding="utf-8") == train, "what was there must stay"
+    server.files = all_files
     prepare(dataset, vocab_size=300, data_dir=tmp_path, say=quiet)
     assert got.train_text.read_text(encoding="utf-8") == text, "now all was asked for"
     tokenizer = Tokenizer.load(got.tokenizer_dir)
