@@ -35,6 +35,7 @@ Contents
 """
 
 import argparse
+import atexit
 import itertools
 import math
 import multiprocessing
@@ -43,7 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,6 +106,7 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
 def _join(store: dist.Store, ranks: Ranks, timeout: timedelta, backend: str) -> None:
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    atexit.register(_leave_note)
 
 
 def get_rank() -> int:
@@ -180,7 +182,7 @@ def shutdown_distributed() -> None:
     Never in a `finally`: a rank that failed would wait here for ranks that wait for it elsewhere.
     """
     if dist.is_initialized():
-        _store().set(f"finished/{get_rank()}", "yes")  # explain_failure reads it if the others do not come
+        _leave_note()
         barrier("the end of the run")
         dist.destroy_process_group()
 
@@ -192,8 +194,17 @@ class RankFailure(RuntimeError):
     """This rank is in order, another one is not; the message says which, and why."""
 
 
+def _leave_note() -> None:
+    # at the end of a run or of the process; explain_failure reads it where others still wait for this rank
+    with suppress(RuntimeError):  # the store may be gone
+        if dist.is_initialized() and not _store().check([f"failed/{get_rank()}"]):
+            _store().set(f"finished/{get_rank()}", "yes")
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    # of "[/file.cc:553] Connection closed by peer. This is typically ..." the middle
+    return line.split("] ", 1)[-1].split(". ")[0] if line.startswith("[/") else line
 
 
 def _reason(error: BaseException) -> str:
@@ -206,8 +217,8 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
 
     A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
-    a timeout, and look there: for a reason, for a rank that had already finished (its data ran out first), and for the
-    ranks that stay silent for `patience_s` seconds, which were killed, left or hang.
+    a timeout, and look there: for a reason, for a rank that had already finished (its data ran out first), and for
+    ranks that stay silent for `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting.
     """
     if get_world_size() == 1:
         return _reason(error)
@@ -229,9 +240,9 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
                 silent.remove(peer)
             time.sleep(0.05)
         finished = [peer for peer in peers if store.check([f"finished/{peer}"])]
-        why = f"rank {', '.join(map(str, sorted(silent)))} does not answer (killed, hanging or gone)"
+        why = f"there is no answer from rank {', '.join(map(str, sorted(silent)))} (killed, hanging or waiting)"
         if finished:
-            why = f"rank {finished[0]} had already finished, and every rank needs the same number of steps"
+            why = f"rank {finished[0]} had already finished or left, and every rank needs the same number of steps"
         elif not silent:
             why = "the ranks lost each other"
     except RuntimeError:
