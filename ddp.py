@@ -640,14 +640,14 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, o
     """
     if mode not in MODES:
         raise ValueError(f"--ddp {mode} is not known: choose one of {', '.join(MODES)}")
+    if mode == "torch" and ordered:
+        raise ValueError("torch's DistributedDataParallel cannot add in rank order: choose another --ddp mode")
+    if get_world_size() == 1:
+        return DDPNaive(module)  # which alone does nothing; torch's refuses to work alone
     if mode == "bucketed":
         return DDPBucketed(module, bucket_size_mb, ordered=ordered)
     if mode != "torch":
         return {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
-    if ordered:
-        raise ValueError("torch's DistributedDataParallel cannot add in rank order: choose another --ddp mode")
-    if not dist.is_initialized():
-        return DDPNaive(module)  # torch's refuses to work alone; this one then does nothing
     check_same_model(module)
     wrapped = DDPTorch(
         module,
