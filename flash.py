@@ -350,9 +350,10 @@ def mask_picture(rule: MaskRule, q_len: int, k_len: int, tile: int, row: int = 0
 
 # --- 4. The kernels in Triton: forward ---
 
-# A program owns one tile of queries of one head and walks over tiles of keys, first those that need no mask, then the
-# others (on Hopper the opposite order makes ptxas serialize the tensor cores). Exponentials are powers of 2, the only
-# one the hardware has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
+# A program owns one tile of queries of one head and walks over the tiles of keys from `low` to `high`; only outside of
+# [full_low, full_high) it looks at the mask. (Two loops in a row, one without and one with the mask, save that question
+# but make ptxas serialize the tensor cores under Triton 3.6.) Exponentials are powers of 2, the only ones the hardware
+# has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
 
 
 def jit(function):
@@ -361,17 +362,12 @@ def jit(function):
 
 
 @jit
-def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-              CHECK_ROWS: tl.constexpr):
+def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Rows of D numbers as a (ROWS, D_PAD) tile; D_PAD is D rounded up to a power of 2, and what is outside is 0."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     # subtle: the offset of a row passes 2^31 at long contexts, the offsets inside a tile do not.
     pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
-    if CHECK_ROWS:
-        return tl.load(pointers, mask=(first_row + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
-    if D != D_PAD:
-        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    return tl.load(pointers)
+    return tl.load(pointers, mask=(first_row + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
 
 
 @jit
@@ -411,8 +407,8 @@ def forward_kernel(
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):
     """out and L of one tile of queries: the same steps as `tiles_forward`."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries see most keys: the longest work starts first
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most keys: the longest work starts first
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
     if POSITIONS:
         q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
@@ -421,30 +417,26 @@ def forward_kernel(
     bounds += batch * bounds_batch + tile * 4
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     q_rows = tile * Q_TILE + tl.arange(0, Q_TILE)
-    q_tile = load_tile(q + batch * q_batch + head * q_head, tile * Q_TILE, q_len, q_row, Q_TILE, D, D_PAD, True)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, tile * Q_TILE, q_len, q_row, Q_TILE, D, D_PAD)
     m = tl.full([Q_TILE], float("-inf"), tl.float32)  # running maximum of score * scale_log2
     total = tl.zeros([Q_TILE], tl.float32)
     acc = tl.zeros([Q_TILE, DV_PAD], tl.float32)
-    for masked in tl.static_range(2):  # unrolled by the compiler: the loop without a mask, then the loop with it
-        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
-        for step in range(begin, end):
-            k_first = step * K_TILE
-            if masked:
-                k_first = (step + tl.where(step >= full_low, full_high - full_low, 0)) * K_TILE  # hop over full tiles
-            k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD, masked)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
-            if masked:
-                k_rows = k_first + tl.arange(0, K_TILE)
-                scores = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
-                                               q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
-            m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if masked else m_new
-            p = tl.exp2(scores * scale_log2 - m_finite[:, None])
-            decay = tl.exp2(m - m_finite)
-            total = total * decay + tl.sum(p, 1)
-            v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD, masked)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
-            m = m_new
+    for k_index in range(low, high):
+        k_first = k_index * K_TILE
+        k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
+        if (k_index < full_low) | (k_index >= full_high):
+            k_rows = k_first + tl.arange(0, K_TILE)
+            scores = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
+                                           q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet subtracts 0
+        p = tl.exp2(scores * scale_log2 - m_finite[:, None])
+        decay = tl.exp2(m - m_finite)
+        total = total * decay + tl.sum(p, 1)
+        v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+        m = m_new
     total = tl.where(total == 0, 1.0, total)  # blind rows: out = 0 / 1, L = -inf + log 1
     store_tile(out + batch * out_batch + head * out_head, acc / total[:, None], tile * Q_TILE, q_len, out_row, Q_TILE,
                DV, DV_PAD)
@@ -469,8 +461,8 @@ def dq_kernel(
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):
     """dQ of one tile of queries, and delta = rowsum(out * grad_out)."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
     if POSITIONS:
         q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
@@ -480,32 +472,27 @@ def dq_kernel(
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     q_first = tile * Q_TILE
     q_rows = q_first + tl.arange(0, Q_TILE)
-    q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD, True)
-    out_tile = load_tile(out + batch * out_batch + head * out_head, q_first, q_len, out_row, Q_TILE, DV, DV_PAD, True)
-    grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV, DV_PAD,
-                     True)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD)
+    out_tile = load_tile(out + batch * out_batch + head * out_head, q_first, q_len, out_row, Q_TILE, DV, DV_PAD)
+    grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV, DV_PAD)
     delta_rows = tl.sum(out_tile.to(tl.float32) * grad.to(tl.float32), 1)
     flat_rows = (batch * heads + head) * q_len + q_rows  # L and delta are (B, H, T)
     tl.store(delta + flat_rows, delta_rows, mask=q_rows < q_len)
     L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
     L_log2 = tl.where(L_rows == float("-inf"), 0.0, L_rows * 1.4426950408889634)  # times log2(e)
     acc = tl.zeros([Q_TILE, D_PAD], tl.float32)
-    for masked in tl.static_range(2):
-        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
-        for step in range(begin, end):
-            k_first = step * K_TILE
-            if masked:
-                k_first = (step + tl.where(step >= full_low, full_high - full_low, 0)) * K_TILE
-            k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD, masked)
-            v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD, masked)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
-            p = tl.exp2(scores * scale_log2 - L_log2[:, None])
-            if masked:
-                k_rows = k_first + tl.arange(0, K_TILE)
-                p = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
-                                          q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p, 0.0)
-            dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
-            acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    for k_index in range(low, high):
+        k_first = k_index * K_TILE
+        k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD)
+        v_tile = load_tile(v_base, k_first, k_len, v_row, K_TILE, DV, DV_PAD)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
+        p = tl.exp2(scores * scale_log2 - L_log2[:, None])
+        if (k_index < full_low) | (k_index >= full_high):
+            k_rows = k_first + tl.arange(0, K_TILE)
+            p = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
+                                      q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p, 0.0)
+        dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
+        acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     store_tile(dq + batch * dq_batch + head * dq_head, acc * scale, q_first, q_len, dq_row, Q_TILE, D, D_PAD)
 
 
@@ -519,8 +506,8 @@ def dkdv_kernel(
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):
     """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
-    tile, kv_heads = tl.program_id(0), heads // GROUP
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    tile, kv_heads = tl.program_id(1), heads // GROUP
+    batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
     if POSITIONS:
         q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
     if IDS:
@@ -529,38 +516,30 @@ def dkdv_kernel(
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     k_first = tile * K_TILE
     k_rows = k_first + tl.arange(0, K_TILE)
-    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, k_first, k_len, k_row, K_TILE, D, D_PAD, True)
-    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_len, v_row, K_TILE, DV, DV_PAD, True)
+    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, k_first, k_len, k_row, K_TILE, D, D_PAD)
+    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_len, v_row, K_TILE, DV, DV_PAD)
     dk_acc = tl.zeros([K_TILE, D_PAD], tl.float32)
     dv_acc = tl.zeros([K_TILE, DV_PAD], tl.float32)
-    for masked in tl.static_range(2):
-        begin, end = (low, high - full_high + full_low) if masked else (full_low, full_high)
-        for step in range(0, GROUP * (end - begin)):  # one loop over (query head of the group, tile of queries)
-            head, q_index = kv_head * GROUP, begin + step
-            if GROUP > 1:
-                head, q_index = head + step // (end - begin), begin + step % (end - begin)
-            if masked:
-                q_index += tl.where(q_index >= full_low, full_high - full_low, 0)
-            q_first = q_index * Q_TILE
-            q_rows = q_first + tl.arange(0, Q_TILE)
-            flat_rows = (batch * heads + head) * q_len + q_rows
-            if masked:
-                L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
-                L_rows = tl.where(L_rows == float("-inf"), 0.0, L_rows)
-                delta_rows = tl.load(delta + flat_rows, mask=q_rows < q_len, other=0.0)
-            else:
-                L_rows, delta_rows = tl.load(L + flat_rows), tl.load(delta + flat_rows)
-            q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD, masked)
-            grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV,
-                             DV_PAD, masked)
-            scores_t = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (K_TILE, Q_TILE)
-            p_t = tl.exp2(scores_t * scale_log2 - (L_rows * 1.4426950408889634)[None, :])
-            if masked:
-                p_t = tl.where(visible_tile(q_rows[None, :], k_rows[:, None], q_len, k_len, q_positions, k_positions,
-                                            q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p_t, 0.0)
-            dv_acc = tl.dot(p_t.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
-            dscores_t = p_t * (tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION) - delta_rows[None, :])
-            dk_acc = tl.dot(dscores_t.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    for step in range(0, GROUP * (high - low)):  # one loop over (query head of the group, tile of queries)
+        head, q_index = kv_head * GROUP, low + step
+        if GROUP > 1:
+            head, q_index = head + step // (high - low), low + step % (high - low)
+        q_first = q_index * Q_TILE
+        q_rows = q_first + tl.arange(0, Q_TILE)
+        flat_rows = (batch * heads + head) * q_len + q_rows
+        L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
+        L_log2 = tl.where(L_rows == float("-inf"), 0.0, L_rows * 1.4426950408889634)
+        delta_rows = tl.load(delta + flat_rows, mask=q_rows < q_len, other=0.0)
+        q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD)
+        grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV, DV_PAD)
+        scores_t = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (K_TILE, Q_TILE)
+        p_t = tl.exp2(scores_t * scale_log2 - L_log2[None, :])
+        if (q_index < full_low) | (q_index >= full_high):
+            p_t = tl.where(visible_tile(q_rows[None, :], k_rows[:, None], q_len, k_len, q_positions, k_positions,
+                                        q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p_t, 0.0)
+        dv_acc = tl.dot(p_t.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
+        dscores_t = p_t * (tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION) - delta_rows[None, :])
+        dk_acc = tl.dot(dscores_t.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     store_tile(dk + batch * dk_batch + kv_head * dk_head, dk_acc * scale, k_first, k_len, dk_row, K_TILE, D, D_PAD)
     store_tile(dv + batch * dv_batch + kv_head * dv_head, dv_acc, k_first, k_len, dv_row, K_TILE, DV, DV_PAD)
 
@@ -609,7 +588,7 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
     (B, H, T, _), S = q.shape, k.shape[2]
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     out, L = empty_heads(v, H, T), q.new_empty(B, H, T, dtype=torch.float32)
-    forward_kernel[(bounds.shape[1], B * H)](
+    forward_kernel[(B * H, bounds.shape[1])](
         q, k, v, out, L, *rule[2:], bounds, bounds.stride(0) if len(bounds) > 1 else 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, T, S, scale * LOG2_E,
         **kernel_constants(q, k, v, rule, launch))
@@ -623,11 +602,11 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, gra
     q, k, v, out, grad_out = (unit_stride(x) for x in (q, k, v, out, grad_out))
     dq, dk, dv = empty_heads(q, H, T), empty_heads(k, G, S), empty_heads(v, G, S)
     L, delta = L.contiguous(), torch.empty_like(L, memory_format=torch.contiguous_format)
-    dq_kernel[(dq_bounds.shape[1], B * H)](
+    dq_kernel[(B * H, dq_bounds.shape[1])](
         q, k, v, out, grad_out, L, delta, dq, *rule[2:], dq_bounds, dq_bounds.stride(0) if len(dq_bounds) > 1 else 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
         H, T, S, scale, scale * LOG2_E, **kernel_constants(q, k, v, rule, dq_launch))
-    dkdv_kernel[(dkdv_bounds.shape[1], B * G)](
+    dkdv_kernel[(B * G, dkdv_bounds.shape[1])](
         q, k, v, grad_out, L, delta, dk, dv, *rule[2:], dkdv_bounds,
         dkdv_bounds.stride(0) if len(dkdv_bounds) > 1 else 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
