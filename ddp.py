@@ -756,6 +756,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bucket_size_mb", type=float, default=0.5, help="of the bucketed rungs (default 0.5)")
     parser.add_argument("--ordered", action="store_true", help="add in rank order: same bits at any world size")
     args = parser.parse_args(argv)
+    if args.steps < 1 or not args.bucket_size_mb > 0:
+        parser.error(f"--steps {args.steps} and --bucket_size_mb {args.bucket_size_mb} must both be positive")
     world_size = args.world_size
 
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
