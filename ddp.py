@@ -784,6 +784,8 @@ def main(argv: list[str] | None = None) -> None:
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")
     print("early: sent while the backward pass was still computing, before the last gradient was ready")
+    if world_size > 2 and not args.ordered:
+        print("differences: the library adds four numbers in an order of its own; --ordered adds them in rank order")
 
 
 if __name__ == "__main__":
