@@ -354,7 +354,7 @@ def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     assert scores[-1]["val_bits_per_byte"] == pytest.approx(scores[-1]["val_loss"] / math.log(2))
     assert losses[-1]["tokens"] == 40 * 8 * 12
     printed = capsys.readouterr().out
-    assert "sample.py --run" in printed and all(len(line) <= 100 for line in printed.splitlines() if "step" in line[:4])
+    assert "sample.py --run" in printed and all(len(line) <= 100 for line in printed.splitlines() if line.startswith("step"))
 
 
 @pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--grad_accum_steps=2", "--optimizer=muon")])
