@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bpe import END_OF_TEXT, Tokenizer, UserError
@@ -41,7 +42,7 @@ def next_token_probabilities(
     """softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set of them whose
     probabilities reach top_p (nucleus sampling, Holtzman et al. 2020), renormalized: (..., V) -> (..., V) float32.
 
-    temperature < 1 sharpens; 0 stands for the limit, all probability on the greatest logit.
+    temperature < 1 sharpens; the limit 0 puts all probability on the greatest logit.
 
     >>> p = torch.tensor([0.5, 0.25, 0.15, 0.1])
     >>> [round(x, 3) for x in next_token_probabilities(p.log(), top_p=0.7).tolist()]
@@ -50,19 +51,21 @@ def next_token_probabilities(
     [1.0, 0.0, 0.0, 0.0]
     """
     logits = logits.float()  # (..., V)
-    if temperature == 0:
+    if temperature < 1e-6:  # below float32's resolution of logits, where the division may overflow, lies the limit
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)  # (..., V)
-    probabilities, order = softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)  # (..., V)
+    probabilities = softmax(logits / temperature, dim=-1)  # (..., V)
+    if top_k is None and top_p is None:
+        return probabilities
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (..., V)
     if top_k is not None:
         probabilities[..., top_k:] = 0
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     if top_p is not None:
         # subtle: a token stays when the tokens *before* it do not reach top_p yet, so the one that crosses it stays
         # too, and the first one always does.
         before = probabilities.cumsum(dim=-1) - probabilities  # (..., V)
-        probabilities[before >= top_p] = 0
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # (..., V), in the vocabulary's order
+        probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
+    probabilities = torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # (..., V), back in order
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)  # (..., V)
 
 
 # --- 2. The loop ---
@@ -70,79 +73,62 @@ def next_token_probabilities(
 
 @torch.inference_mode()
 def generate(
-    model: TransformerLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_id: int | None = None,
-    seed: int = 0,
-    use_cache: bool = True,
-    timings: dict | None = None,
+    model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0,
+    use_cache: bool = True, timings: dict | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts (each at least one token) side by side; yields, per step, one new token for each row.
 
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
-    Row r draws from its own generator, seeded with seed + r, so a text does not depend on its neighbours.
+    Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
+    row has filled the window. `timings` receives tokens and seconds of prefill and decode.
 
     The model sees the last tokens that fit its context. When the window is full, its last half is kept, read again,
     and grows anew: sliding it by one token would change every position and make a cache worthless.
     With and without the cache the windows, and so the tokens, are the same.
     """
-    config, device = model.config, next(model.parameters()).device
-    longest = max(map(len, prompts))
+    capacity, vocab_size, parameter = model.config.context_length, model.config.vocab_size, next(model.parameters())
+    if not all(prompts) or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
+        raise ValueError(f"a prompt is empty or holds an id outside 0 .. {vocab_size - 1}: encode it for this model")
     # Prompts are aligned at their right ends, so that every row's next token belongs into the same column.
-    window = torch.zeros(len(prompts), longest, dtype=torch.long)  # (B, T)
-    segment_ids = torch.full_like(window, PADDING_SEGMENT_ID)  # (B, T)
-    for row, prompt in enumerate(prompts):
-        window[row, longest - len(prompt) :] = torch.tensor(prompt)
-        segment_ids[row, longest - len(prompt) :] = 0
-    window, segment_ids = (x[:, -config.context_length :].to(device) for x in (window, segment_ids))
+    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    window = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts)])  # (B, T)
+    segment_ids = torch.tensor([[PADDING_SEGMENT_ID] * gap + [0] * len(prompt) for gap, prompt in zip(gaps, prompts)])
+    window, segment_ids = (x[:, -capacity:].to(parameter.device) for x in (window, segment_ids))  # (B, T)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
     cache = None
     if use_cache:
-        cache = KVCache(config, len(prompts), device=device, dtype=next(model.parameters()).dtype)
+        cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype)
     timings = {} if timings is None else timings
     timings.update(prefill_tokens=0, prefill_seconds=0.0, decode_tokens=0, decode_seconds=0.0)
     model.eval()
     for _ in range(max_new_tokens):
         start = time.perf_counter()
-        unread = window.shape[1] - cache.length if cache is not None else window.shape[1]
-        logits = last_logits(model, window[:, -unread:], segment_ids[:, -unread:], cache)  # (B, V)
+        if cache is None:  # positions count real tokens only: each row as if it stood alone
+            num_new, positions = 1, (segment_ids != PADDING_SEGMENT_ID).cumsum(dim=1) - 1  # (B, T)
+            hidden = model.forward_hidden(window, positions=positions, segment_ids=segment_ids)  # (B, T, C)
+        else:
+            num_new, new = window.shape[1] - cache.length, slice(cache.length, None)
+            hidden = model.forward_hidden(window[:, new], segment_ids=segment_ids[:, new], cache=cache)  # (B, T, C)
+        logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
         drawn = [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probabilities, generators)]
-        kind = "prefill" if unread > 1 and cache is not None else "decode"
-        timings[f"{kind}_tokens"] += len(prompts) * (unread if kind == "prefill" else 1)
+        kind = "prefill" if num_new > 1 else "decode"
+        timings[f"{kind}_tokens"] += len(prompts) * num_new
         timings[f"{kind}_seconds"] += time.perf_counter() - start
 
         stopped = [was or token == stop_id for was, token in zip(stopped, drawn)]
         if all(stopped):
             return
         yield [None if stop else token for stop, token in zip(stopped, drawn)]
-        if window.shape[1] == config.context_length:  # full: keep the last half and read it again
-            keep = config.context_length // 2
-            window, segment_ids = window[:, -keep:], segment_ids[:, -keep:]
+        if window.shape[1] == capacity:  # full: keep the last half and read it again
+            half = slice(capacity - capacity // 2, None)
+            window, segment_ids = window[:, half], segment_ids[:, half]  # (B, T // 2)
             if cache is not None:
                 cache.reset()
-        window = torch.cat([window, torch.tensor(drawn, device=device).unsqueeze(1)], dim=1)  # (B, T + 1)
-        segment_ids = torch.cat([segment_ids, torch.zeros_like(segment_ids[:, :1])], dim=1)  # (B, T + 1)
-
-
-def last_logits(model: TransformerLM, tokens: Tensor, segment_ids: Tensor, cache: KVCache | None) -> Tensor:
-    """Logits after the last of `tokens` (B, T), which the model reads behind what the cache holds: (B, V)."""
-    real = segment_ids != PADDING_SEGMENT_ID  # (B, T)
-    if cache is not None:
-        padded = None if real.all() else segment_ids
-        hidden = model.forward_hidden(tokens, segment_ids=padded, cache=cache)  # (B, T, C)
-    elif real.all():
-        hidden = model.forward_hidden(tokens)  # (B, T, C)
-    else:  # positions count real tokens only: each row as if it stood alone
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-        hidden = model.forward_hidden(tokens, positions=positions, segment_ids=segment_ids)  # (B, T, C)
-    return model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
+        window = torch.cat([window, torch.tensor(drawn, device=window.device)[:, None]], dim=1)  # (B, T + 1)
+        segment_ids = F.pad(segment_ids, (0, 1), value=0)  # (B, T + 1): a drawn token is no padding
 
 
 # --- 3. Text as it comes ---
@@ -168,17 +154,18 @@ class TextStream:
         return self.decoder.decode(b"", final=True)
 
 
-def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, **options) -> None:
-    """Print num_samples continuations; they are computed together. The first is shown as it comes, the others wait."""
+def write_samples(
+    model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, *, beginning: str = "", **options
+) -> None:
+    """Print num_samples continuations of `prompt`, each behind `beginning`. They are computed together: the first is
+    shown as it comes, the others wait for its end."""
     streams = [TextStream(tokenizer.vocab) for _ in range(num_samples)]
-    texts = [""] * num_samples
+    texts = [beginning] * num_samples
+    print(beginning, end="", flush=True)
     for tokens in generate(model, [prompt] * num_samples, **options):
-        for row, token in enumerate(tokens):
-            if token is not None:
-                piece = streams[row].push(token)
-                texts[row] += piece
-                if row == 0:
-                    print(piece, end="", flush=True)
+        pieces = [stream.push(token) if token is not None else "" for stream, token in zip(streams, tokens)]
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+        print(pieces[0], end="", flush=True)
     print(streams[0].finish())
     for row in range(1, num_samples):
         print(f"\n--- {row + 1} ---\n{texts[row]}{streams[row].finish()}")
@@ -187,37 +174,33 @@ def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int],
 # --- 4. What a token costs ---
 
 
-def read_bandwidth(num_bytes: int, device: torch.device) -> float:
-    """Bytes per second at which a buffer of this size can be read: the best of a few sums over it."""
-    buffer = torch.ones(max(num_bytes // 4, 1), device=device)
-    best = float("inf")
+def seconds_to_read(num_bytes: int, device: torch.device) -> float:
+    """Time that the memory takes to hand over a buffer of this size: the best of a few sums over it."""
+    buffer, seconds = torch.ones(num_bytes // 4, device=device), []
     for _ in range(5):
         start = time.perf_counter()
         buffer.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 4 * buffer.numel() / best
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
-def cost_lines(model: TransformerLM, timings: dict, num_samples: int, use_cache: bool) -> list[str]:
+def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bool) -> str:
     """Speed reached, and the speed that memory allows: one token reads every weight but the embedding table once."""
-    lines = []
-    if timings["prefill_tokens"]:
-        rate = timings["prefill_tokens"] / max(timings["prefill_seconds"], 1e-9)
-        lines.append(f"prefill {timings['prefill_tokens']:,} tokens, {rate:,.0f} tokens/s")
-    if timings["decode_tokens"]:
-        rate = timings["decode_tokens"] / max(timings["decode_seconds"], 1e-9)
-        lines.append(f"decode {timings['decode_tokens']:,} tokens, {rate:,.0f} tokens/s")
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}  # tied tensors once
+    parts = []
+    for kind in ("prefill", "decode"):
+        num_tokens, seconds = timings[f"{kind}_tokens"], timings[f"{kind}_seconds"]
+        if num_tokens:
+            parts.append(f"{kind} {num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
+    parameters = list(model.parameters())  # tied ones once
+    num_bytes = sum(p.nbytes for p in parameters)
     if not model.config.tie_embeddings:
-        weights.pop(model.token_embeddings.weight.data_ptr())
-    num_bytes = sum(weights.values())
-    device = next(model.parameters()).device
-    bound = num_samples * read_bandwidth(num_bytes, device) / num_bytes
-    lines.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
+        num_bytes -= model.token_embeddings.weight.nbytes
+    bound = num_samples / seconds_to_read(num_bytes, parameters[0].device)
+    parts.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
     if use_cache:
-        cache = KVCache(model.config, 1, dtype=next(model.parameters()).dtype)
-        lines.append(f"cache {cache.bytes_per_token():,} bytes a token")
-    return lines
+        cache = KVCache(model.config, batch_size=1, device="meta", dtype=parameters[0].dtype)
+        parts.append(f"cache {cache.bytes_per_token():,} bytes a token")
+    return "; ".join(parts)
 
 
 # --- 5. Command line ---
@@ -240,22 +223,19 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
         raise UserError(f"{folder}: the run has no checkpoint yet; let python train.py go on until it has saved one")
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = ModelConfig(**description["model"])
+        model = TransformerLM(ModelConfig(**description["model"]))
         with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksums
-            if archive.testzip() is not None:
-                raise UserError(f"{path}: the checkpoint is damaged; remove it to read the one before")
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-        model = TransformerLM(config)
-        model.load_state_dict(payload["model"])
-    except UserError:
-        raise
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     except Exception as error:  # a foreign or damaged file can fail in zipfile, json, pickle and torch in many ways
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a readable checkpoint of this run ({type(error).__name__}: {reason})") from None
-    special_tokens = [END_OF_TEXT] if config.vocab_size > 256 else []
-    tokenizer = Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt", special_tokens)
+        raise UserError(f"{path}: not a readable checkpoint of this run ({type(error).__name__}: {reason}): remove it "
+                        f"to read an older one") from None
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.hash() != description.get("tokenizer_hash"):
-        raise UserError(f"{folder}: vocab.json and merges.txt are not the tokenizer that this run was trained with")
+        raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
@@ -263,6 +243,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
+    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     parser.add_argument("--run", type=Path, help="a run's folder (default: the newest in runs)")
     parser.add_argument("--prompt", default="", help="how the text begins (default: nothing, a new text)")
     parser.add_argument("--max_new_tokens", type=int, default=400, help="length limit (default: %(default)s)")
@@ -274,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_cache", action="store_true", help="recompute all tokens for each new one")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest that is there)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of the weights (default: bfloat16 on GPUs that have it, else float32)")
+                        help="of weights and cache (default: bfloat16 on GPUs that have it, else float32)")
     return parser
 
 
@@ -282,11 +267,13 @@ def check_options(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples must be at least 1")
     if not args.temperature >= 0:
-        raise UserError(f"--temperature must not be negative, it is {args.temperature}")
+        raise UserError(f"--temperature must be at least 0, it is {args.temperature}")
     if args.top_k is not None and args.top_k < 1:
         raise UserError(f"--top_k must be at least 1, it is {args.top_k}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p must lie in (0, 1], it is {args.top_p}")
+        raise UserError(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must lie in 0 .. 2**63 - 1, it is {args.seed}")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -310,21 +297,19 @@ def sample(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode(args.prompt)
     prompt = [stop_id, *prompt] if stop_id is not None else prompt or tokenizer.encode("\n")
     print(f"--- {folder}, prompt {args.prompt!r} ---", file=sys.stderr)
-    if len(prompt) > model.config.context_length:
-        print(f"the prompt has {len(prompt)} tokens: the model sees the last {model.config.context_length}",
-              file=sys.stderr)
+    if len(prompt) > (seen := model.config.context_length):
+        print(f"the prompt has {len(prompt)} tokens: the model sees the last {seen}", file=sys.stderr)
     timings: dict = {}
-    print(args.prompt, end="", flush=True)
-    write_samples(model, tokenizer, prompt, args.num_samples, max_new_tokens=args.max_new_tokens, stop_id=stop_id,
-                  temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-                  use_cache=not args.no_cache, timings=timings)
-    print("--- " + "; ".join(cost_lines(model, timings, args.num_samples, not args.no_cache)) + " ---", file=sys.stderr)
+    write_samples(model, tokenizer, prompt, args.num_samples, beginning=args.prompt, stop_id=stop_id,
+                  max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                  top_p=args.top_p, seed=args.seed, use_cache=not args.no_cache, timings=timings)
+    print(f"--- {cost_of(model, timings, args.num_samples, not args.no_cache)} ---", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         sample(build_parser().parse_args(argv))
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """sample.py: distributions against brute force, the cache against recomputing, text against its bytes."""
 
 import doctest
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,11 @@ def test_filters_equal_the_definition(temperature, top_k, top_p):
 
 
 def test_zero_temperature_is_greedy():
-    """temperature 0 puts everything on the greatest logit, row by row."""
+    """temperature 0 puts everything on the greatest logit, row by row, and so does one too small to divide by."""
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(next_token_probabilities(logits, temperature=0.0).argmax(-1), logits.argmax(-1))
+    greedy = torch.nn.functional.one_hot(logits.argmax(-1), 9).float()
+    for temperature in (0.0, 1e-60, 1e-38, 2e-6):
+        assert torch.equal(next_token_probabilities(logits, temperature=temperature), greedy), temperature
 
 
 @pytest.mark.parametrize("more", [{}, {"num_kv_heads": 4}, {"pos": "none"}, {"qk_norm": True, "ffn": "relu2"}])
@@ -83,6 +87,21 @@ def test_a_full_window_keeps_its_last_half():
     for token in text[len(prompt) :]:
         assert token == model(torch.tensor([window]))[0, -1].argmax().item()
         window = (window[-8:] if len(window) == 16 else window) + [token]
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 3])
+def test_smallest_windows(context_length):
+    """Windows of one, two and three tokens are halved (1 -> 0, 3 -> 1) and go on, with the cache as without."""
+    model = tiny_model(context_length=context_length)
+    texts = [list(generate(model, [[7, 8], [9]], 12, seed=1, use_cache=use_cache)) for use_cache in (True, False)]
+    assert texts[0] == texts[1] and len(texts[0]) == 12
+
+
+@pytest.mark.parametrize("prompts", [[[1], []], [[50]], [[3, -1]]])
+def test_prompts_that_the_model_cannot_read(prompts):
+    """An empty prompt and ids that the vocabulary does not have are one sentence, not an IndexError or another row."""
+    with pytest.raises(ValueError, match="outside 0 .. 49"):
+        next(generate(tiny_model(), prompts, 5))
 
 
 def test_rows_do_not_depend_on_their_neighbours():
@@ -124,19 +143,21 @@ def run(tmp_path_factory) -> Path:
 
 def test_command_line_writes_a_text(run, capsys):
     """The prompt comes first, the text is the same with and without the cache, and the seed decides it."""
-    texts = []
+    texts, cpu = [], ["--device=cpu"]
     for more in ([], ["--no_cache"], ["--seed=1"]):
-        sample.main([f"--run={run}", "--prompt=the cat", "--max_new_tokens=30", "--temperature=2", "--device=cpu", *more])
+        sample.main([f"--run={run}", "--prompt=the cat", "--max_new_tokens=30", "--temperature=2", *cpu, *more])
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("the cat") and len(texts[0]) > 20
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_several_samples_and_a_long_prompt(run, capsys):
-    """Four samples are four texts; a prompt longer than the context is cropped and said; special tokens are read."""
-    sample.main([f"--run={run}", "--num_samples=4", "--max_new_tokens=12", "--device=cpu",
-                 "--prompt", "the cat sat. " * 20 + "<|endoftext|>"])
+    """Four samples are four texts, each behind the prompt; one longer than the context is cropped and said; special
+    tokens are read."""
+    prompt = "the cat sat. " * 20 + "<|endoftext|>"
+    sample.main([f"--run={run}", "--num_samples=4", "--max_new_tokens=12", "--device=cpu", "--prompt", prompt])
     printed = capsys.readouterr()
+    assert printed.out.count(prompt) == 4
     assert printed.out.count("\n--- ") == 3 and "sees the last 16" in printed.err
     assert "tokens/s" in printed.err and "bytes a token" in printed.err
 
@@ -144,7 +165,8 @@ def test_several_samples_and_a_long_prompt(run, capsys):
 @pytest.mark.parametrize("more, said", [
     (["--temperature=-1"], "temperature"), (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
     (["--max_new_tokens=0"], "max_new_tokens"), (["--device=cuda:9"], "--device"),
-    (["--run=no/such/run"], "no/such/run"),
+    (["--run=no/such/run"], "no/such/run"), (["--seed=-1"], "--seed"), (["--top_q=1"], "--top_q"),
+    (["--top_k=few"], "--top_k"), (["--dtype=int8"], "--dtype"),
 ])
 def test_mistakes_are_one_sentence(run, capsys, more, said):
     """A mistake ends in one line on stderr and exit code 2."""
@@ -156,9 +178,7 @@ def test_mistakes_are_one_sentence(run, capsys, more, said):
 
 
 def test_damaged_runs_are_refused(run, tmp_path, capsys):
-    """A cut checkpoint, and a tokenizer that is not the run's: one sentence each."""
-    import shutil
-
+    """A cut checkpoint, a flipped bit, a tokenizer that is missing or not the run's: one sentence each."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     checkpoint = max(copy.glob("checkpoint_*.pt"))
@@ -167,11 +187,30 @@ def test_damaged_runs_are_refused(run, tmp_path, capsys):
         sample.main([f"--run={copy}", "--device=cpu"])
     assert "not a readable checkpoint" in capsys.readouterr().err
     shutil.copyfile(max(run.glob("checkpoint_*.pt")), checkpoint)
-    merges = (copy / "merges.txt").read_text(encoding="utf-8").splitlines()
-    (copy / "merges.txt").write_text("\n".join(merges[:-1]) + "\n", encoding="utf-8")
+    theirs = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    theirs["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(theirs), encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         sample.main([f"--run={copy}", "--device=cpu"])
-    assert stopped.value.code == 2
+    assert stopped.value.code == 2 and "is not what this run was trained with" in capsys.readouterr().err
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--run={copy}", "--device=cpu"])
+    assert stopped.value.code == 2 and "tokenizer.json" in capsys.readouterr().err
+    damaged = bytearray(checkpoint.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # one bit in the midst of the weights, which torch.load would not notice
+    checkpoint.write_bytes(damaged)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f"--run={copy}", "--device=cpu"])
+    assert stopped.value.code == 2 and "not a readable checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(run, capsys, dtype):
+    """A model in half precision writes a text too, and its cache takes half the bytes."""
+    sample.main([f"--run={run}", "--max_new_tokens=30", "--device=cpu", f"--dtype={dtype}"])
+    printed = capsys.readouterr()
+    assert len(printed.out) > 20 and "cache 128 bytes a token" in printed.err
 
 
 def test_doctests():
