@@ -139,6 +139,7 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """The definition, differentiable, in float32 or float64: out (B, H, T, Dv) and log-sum-exp L (B, H, T).
 
+    mask_args are those of `mask_rule`: causal, segment_ids, kv_segment_ids, positions, kv_positions, window.
     A query that sees no key (padding, or nothing inside its window) has output 0, gradient 0 and L = -inf.
     """
     group = check_shapes(q, k, v)
@@ -258,8 +259,8 @@ def tiles_backward(
             mask = rule.part(rows, columns, T, S, q.device)[:, None, None]  # (B, 1, 1, t, s)
             if not mask.any():
                 continue
-            q_part, k_part, v_part, grad_part = q[..., rows, :], k[..., columns, :], v[..., columns, :], \
-                grad_out[..., rows, :]
+            q_part, grad_part = q[..., rows, :], grad_out[..., rows, :]  # (B, G, H/G, t, ...)
+            k_part, v_part = k[..., columns, :], v[..., columns, :]  # (B, G, 1, s, ...)
             scores = (scale * q_part @ k_part.mT).masked_fill(~mask, -torch.inf)  # (B, G, H/G, t, s)
             p = torch.exp(scores - L[..., rows, None])
             dscores = p * (grad_part @ v_part.mT - delta[..., rows, None])  # (B, G, H/G, t, s)
@@ -558,7 +559,7 @@ class Launch(NamedTuple):
 LAUNCH_16_BIT = {
     64: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkdv": Launch(64, 128, 8, 2)},
     128: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkdv": Launch(32, 128, 8, 2)},
-    256: {"forward": Launch(64, 32, 4, 2), "dq": Launch(128, 32, 8, 2), "dkdv": Launch(32, 32, 8, 2)},
+    256: {"forward": Launch(128, 32, 8, 2), "dq": Launch(128, 32, 8, 2), "dkdv": Launch(32, 32, 8, 2)},
 }
 LAUNCH_32_BIT = {  # for checking, not for speed
     head_dim: dict.fromkeys(("forward", "dq", "dkdv"), Launch(tile, tile, 4, 1))
@@ -582,39 +583,46 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
     return [number for kernel in ("forward", "dq", "dkdv") for number in params.get(kernel, table[kernel])]
 
 
-def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
-                   ) -> tuple[Tensor, Tensor]:
+LOG2_E = 1.4426950408889634
+
+
+def triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor,
+) -> tuple[Tensor, Tensor]:
     check_triton(q)
     (B, H, T, _), S = q.shape, k.shape[2]
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v, bounds = unit_stride(q), unit_stride(k), unit_stride(v), bounds.expand(B, -1, -1)
     out, L = empty_heads(v, H, T), q.new_empty(B, H, T, dtype=torch.float32)
-    forward_kernel[(B * H, bounds.shape[1])](
-        q, k, v, out, L, *rule[2:], bounds, bounds.stride(0) if len(bounds) > 1 else 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, T, S, scale * LOG2_E,
-        **kernel_constants(q, k, v, rule, launch))
+    with torch.cuda.device_of(q):  # the GPU of the tensors, not the current one
+        forward_kernel[(B * H, bounds.shape[1])](
+            q, k, v, out, L, *rule[2:], bounds, bounds.stride(0), *strides(q, k, v, out), H, T, S, scale * LOG2_E,
+            **kernel_constants(q, k, v, rule, launch))
     return out, L
 
 
-def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
-                    scale: float, dq_launch: list[int], dkdv_launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor,
-                    ) -> tuple[Tensor, Tensor, Tensor]:
+def triton_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule, scale: float,
+    dq_launch: list[int], dkdv_launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
-    q, k, v, out, grad_out = (unit_stride(x) for x in (q, k, v, out, grad_out))
-    dq, dk, dv = empty_heads(q, H, T), empty_heads(k, G, S), empty_heads(v, G, S)
-    L, delta = L.contiguous(), torch.empty_like(L, memory_format=torch.contiguous_format)
-    dq_kernel[(B * H, dq_bounds.shape[1])](
-        q, k, v, out, grad_out, L, delta, dq, *rule[2:], dq_bounds, dq_bounds.stride(0) if len(dq_bounds) > 1 else 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-        H, T, S, scale, scale * LOG2_E, **kernel_constants(q, k, v, rule, dq_launch))
-    dkdv_kernel[(B * G, dkdv_bounds.shape[1])](
-        q, k, v, grad_out, L, delta, dk, dv, *rule[2:], dkdv_bounds,
-        dkdv_bounds.stride(0) if len(dkdv_bounds) > 1 else 0,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        H, T, S, scale, scale * LOG2_E, **kernel_constants(q, k, v, rule, dkdv_launch))
+    q, k, v, out, grad_out, L = (unit_stride(x) for x in (q, k, v, out, grad_out, L.contiguous()))
+    dq, dk, dv, delta = empty_heads(q, H, T), empty_heads(k, G, S), empty_heads(v, G, S), torch.empty_like(L)
+    dq_bounds, dkdv_bounds = dq_bounds.expand(B, -1, -1), dkdv_bounds.expand(B, -1, -1)
+    with torch.cuda.device_of(q):
+        dq_kernel[(B * H, dq_bounds.shape[1])](
+            q, k, v, out, grad_out, L, delta, dq, *rule[2:], dq_bounds, dq_bounds.stride(0),
+            *strides(q, k, v, out, grad_out, dq), H, T, S, scale, scale * LOG2_E,
+            **kernel_constants(q, k, v, rule, dq_launch))
+        dkdv_kernel[(B * G, dkdv_bounds.shape[1])](
+            q, k, v, grad_out, L, delta, dk, dv, *rule[2:], dkdv_bounds, dkdv_bounds.stride(0),
+            *strides(q, k, v, grad_out, dk, dv), H, T, S, scale, scale * LOG2_E,
+            **kernel_constants(q, k, v, rule, dkdv_launch))
     return dq, dk, dv
 
 
-LOG2_E = 1.4426950408889634
+def strides(*tensors: Tensor) -> list[int]:
+    """Batch, head and row strides of each; within a row numbers lie side by side, see `unit_stride`."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def check_triton(q: Tensor) -> None:

@@ -5,6 +5,7 @@ which has to be chosen before Triton is imported, and only for this file.
 """
 
 import doctest
+import importlib.util
 import json
 import os
 import random
@@ -462,6 +463,18 @@ def test_torch_compile(backend: str) -> None:
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("function", [flash.FlashAttentionPyTorch,
+                                      pytest.param(flash.FlashAttentionTriton, marks=needs_kernels)])
+def test_compiled_autograd_functions(function) -> None:
+    """torch.compile(.apply) works as well, in one graph."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(lambda *inputs: function.apply(*inputs, True), fullgraph=True, backend="aot_eager")
+    got, want = compiled(*inputs), function.apply(*inputs, True)
+    for x, y in zip(torch.autograd.grad(got.sin().sum(), inputs), torch.autograd.grad(want.sin().sum(), inputs)):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend: str) -> None:
     """Under activation checkpointing the gradients are bit-identical."""
@@ -555,6 +568,25 @@ def test_backend_is_said() -> None:
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_demonstration(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """`python flash.py` prints small errors for every backend and counts tiles; mistakes are a sentence and code 2."""
+    flash.main(["--context_length", "70", "--num_heads", "2", "--num_kv_heads", "1", "--head_dim", "16"])
+    text = capsys.readouterr().out
+    errors = [float(x) for x in re.findall(r"\d\.\de-\d\d", text)]
+    assert len(errors) >= 24 and max(errors) < 5e-3 and "visited" in text, text
+    flash.main(["--show_attention_mask", "--context_length", "300"])
+    assert "█" in capsys.readouterr().out
+    for mistake, sentence in ((["--num_heads", "3"], "3 query heads cannot share 2"), (["--tile", "0"], "at least 1"),
+                              (["--num_documents", "2000"], "do not fit into 1000 tokens")):
+        with pytest.raises(SystemExit) as stop:
+            flash.main(mistake)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and sentence in error and error.startswith("flash.py: "), error
+    if importlib.util.find_spec("matplotlib"):
+        flash.main(["--plot", str(tmp_path / "mask.png"), "--context_length", "300"])
+        assert (tmp_path / "mask.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_without_triton() -> None:
