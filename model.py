@@ -21,14 +21,10 @@ Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/
 C d_model, F d_ff, V vocabulary.
 
 Contents
-    1. Configuration and presets
-    2. The functions: softmax, silu, attention by its definition
-    3. The layers: linear, embedding, norm, feed-forward, rotary positions
-    4. The mask rule, and attention faster
-    5. The cache for decoding
-    6. Self-attention, block, language model
-    7. What it costs: parameters, FLOPs, memory
-    8. Command line
+    1. Configuration and presets                                       5. The cache for decoding
+    2. The functions: softmax, silu, attention by its definition       6. Self-attention, block, language model
+    3. The layers: linear, embedding, norm, feed-forward, rotary       7. What it costs: parameters, FLOPs, memory
+    4. The mask rule, and attention faster                             8. Command line
 """
 
 import argparse
@@ -49,12 +45,7 @@ PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it att
 
 @dataclass
 class ModelConfig:
-    """Everything that decides the shape of the model. The defaults are the `baseline` preset.
-
-    >>> ModelConfig(d_model=100, num_heads=3)
-    Traceback (most recent call last):
-    ValueError: d_model 100 is not divisible by num_heads 3: choose a multiple of it
-    """
+    """Everything that decides the shape of the model; a ValueError says what clashes. Defaults: the baseline preset."""
 
     vocab_size: int = 10_000
     context_length: int = 256
@@ -113,7 +104,7 @@ def require_positive(name: str, value: int) -> None:
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
 
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
-# rotary and the feed-forward network is gated. 124m and 350m also tie the embeddings, as it does. 7b is Llama's shape.
+# rotary and the feed-forward network is gated. 10m to 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
     "laptop": dict(vocab_size=2_048, context_length=256, d_model=128, num_layers=4, num_heads=4),
     "baseline": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16),
@@ -138,18 +129,14 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor, which changes
-    # neither the result nor the gradient: detached, so that autograd does not keep x for it.
+    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor; as that changes
+    # neither the result nor the gradient, it is detached and autograd keeps nothing for it.
     exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x): a smooth relu, also called swish.
-
-    >>> silu(torch.tensor([-20.0, 0.0, 20.0])).round(decimals=4)
-    tensor([-0.,  0., 20.])
-    """
+    """x * sigmoid(x): a smooth relu, also called swish."""
     return x * torch.sigmoid(x)
 
 
@@ -171,13 +158,13 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
     if mask is None:
         return softmax(scores, dim=-1) @ v  # (..., T, Dv)
-    # subtle: -inf would turn a row without any key into 0/0. The lowest finite number gives the same exact zeros in
-    # every other row (exp underflows), and the second fill clears the rows that had no key, gradient included.
+    # subtle: with -inf a row without any key would be -inf - -inf = nan. The lowest finite number gives the same zeros
+    # in every other row (exp underflows), and the second fill clears the rows that had no key, gradient included.
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
     return weights.masked_fill(~mask, 0.0) @ v  # (..., T, Dv)
 
 
-# --- 3. The layers: linear, embedding, norm, feed-forward, rotary positions ---
+# --- 3. The layers: linear, embedding, norm, feed-forward, rotary ---
 
 
 def truncated_normal(*size: int, std: float) -> nn.Parameter:
@@ -242,11 +229,7 @@ class SwiGLU(nn.Module):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """relu(x)^2 ("Primer", So et al. 2021)."""
-    return torch.relu(x).square()
-
-
-ACTIVATIONS = {"silu": silu, "relu": torch.relu, "relu2": relu2}
+    return torch.relu(x).square()  # ("Primer", So et al. 2021)
 
 
 class FeedForward(nn.Module):
@@ -256,7 +239,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = Linear(d_model, d_ff)  # up
         self.w2 = Linear(d_ff, d_model)  # down
-        self.activation = ACTIVATIONS[activation]
+        self.activation = {"silu": silu, "relu": torch.relu, "relu2": relu2}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))  # (..., C) -> (..., F) -> (..., C)
@@ -286,7 +269,7 @@ class RotaryPositionalEmbedding(nn.Module):
     def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
         """x (..., T, D), token_positions (..., T) broadcastable to x's leading dimensions. Returns (..., T, D)."""
         # A turn by an angle is a multiplication by cos + i sin: one pass over x, where four products, two sums and a
-        # stack would be seven. Complex numbers exist from float32 up, so bfloat16 goes through float32.
+        # stack would be seven. There is no bfloat16 complex number, so half precision goes through float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         turns = torch.view_as_complex(self.cos_sin[token_positions].to(wide))  # (..., T, D/2)
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
@@ -302,8 +285,8 @@ def attention_mask(
 ) -> Tensor:
     """Which query may look at which key: not at a later position, not into another document, never at padding.
 
-    positions and segment_ids (T,) or (B, T) are those of the queries; the keys' are the same unless given as (S,) or
-    (B, S). Returns (1 or B, 1, T, S), the 1 standing for the heads; True where the query may look.
+    positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
+    Returns (1 or B, 1, T, S), the second 1 standing for the heads; True where the query may look.
 
     >>> attention_mask(torch.arange(4), torch.tensor([7, 7, 8, PADDING_SEGMENT_ID])).int()[0, 0]
     tensor([[1, 0, 0, 0],
@@ -339,10 +322,9 @@ def make_attention(
     if kind == "flash":
         from flash import flash_attention
 
-        if is_causal:
-            return flash_attention
-        return partial(flash_attention, positions=positions, segment_ids=segment_ids,
-                       kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
+        places = dict(positions=positions, segment_ids=segment_ids, kv_positions=kv_positions,
+                      kv_segment_ids=kv_segment_ids)
+        return flash_attention if is_causal else partial(flash_attention, **places)
     if kind == "sdpa" and is_causal:
         return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     mask = attention_mask(positions, segment_ids, kv_positions, kv_segment_ids)  # (1 or B, 1, T, S)
@@ -354,9 +336,10 @@ def make_attention(
 
     # subtle: what a query without keys gets is left to each fused kernel. It is shown all keys, and cleared after.
     blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
+    shown = mask | blind  # (1 or B, 1, T, S)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, enable_gqa=True)  # (B, H, T, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, enable_gqa=True)  # (B, H, T, D)
         return out.masked_fill(blind, 0.0)
 
     return naive if kind == "naive" else sdpa
@@ -371,10 +354,10 @@ class KVCache:
     Under the causal mask nothing that a token computed changes when later tokens arrive, and of it the later ones
     need only its keys and values. They are kept per layer, before the heads are repeated: H/G times smaller.
 
-    A call of the model with `cache` appends its T tokens to `length` slots already used, the same in every row.
+    A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Prompts of different lengths are aligned at their right ends: the places before a shorter one carry the segment id
-    PADDING_SEGMENT_ID, they take up slots, and the mask rule keeps everybody from looking at them. So that every row
-    sees the positions it would see alone, positions count only the row's real tokens. Without gradients.
+    PADDING_SEGMENT_ID and take up slots where nobody looks. Positions count the row's real tokens only, so that every
+    row sees those it would see alone. No gradient passes through what is cached.
 
     >>> config = ModelConfig(vocab_size=10, context_length=8, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> KVCache(config, batch_size=1).bytes_per_token()        # 2 (k, v) * 2 layers * 2 heads * 4 numbers * 4 bytes
@@ -421,10 +404,9 @@ class KVCache:
         """`attend` for this layer, over all tokens so far: writes k and v into the slots reserved last before it."""
 
         def cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            new, used = slice(self.length - k.shape[2], self.length), slice(0, self.length)
-            self.keys[layer, :, :, new] = k.detach()
-            self.values[layer, :, :, new] = v.detach()
-            return attend(q, self.keys[layer, :, :, used], self.values[layer, :, :, used])  # (B, H, T, D)
+            keys, values = (x[layer, :, :, : self.length] for x in (self.keys, self.values))  # (B, G, S, D)
+            keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
+            return attend(q, keys, values)  # (B, H, T, D)
 
         return cached
 
@@ -455,18 +437,15 @@ class MultiHeadSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """x (B, T, C), positions (T,) or (B, T), by default 0 .. T-1; `attend` by default the causal definition."""
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)  # (T,)
-        if attend is None:
-            attend = make_attention("naive", positions)
+        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions  # (T,) or (B, T)
+        attend = make_attention("naive", positions) if attend is None else attend
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
         if self.rope is not None:
             by_head = positions.unsqueeze(-2)  # (1, T) or (B, 1, T): the same positions for every head
             q, k = self.rope(q, by_head), self.rope(k, by_head)
-        mixed = attend(q, k, v)  # (B, H, T, D)
-        return self.output_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.output_proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
 class TransformerBlock(nn.Module):
@@ -474,14 +453,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
         super().__init__()
-        heads = dict(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-        self.attn = MultiHeadSelfAttention(config.d_model, **heads, rope=rope, qk_norm=config.qk_norm)
-        if config.ffn == "swiglu":
-            self.ffn = SwiGLU(config.d_model, config.d_ff)
-        else:
-            self.ffn = FeedForward(config.d_model, config.d_ff, config.ffn)
-        self.ln1 = RMSNorm(config.d_model) if config.norm != "none" else nn.Identity()
-        self.ln2 = RMSNorm(config.d_model) if config.norm != "none" else nn.Identity()
+        c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
+        self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
+        self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
+        self.ln1 = RMSNorm(c) if config.norm != "none" else nn.Identity()
+        self.ln2 = RMSNorm(c) if config.norm != "none" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.post_norm = config.norm == "post"
 
@@ -501,17 +477,13 @@ class TransformerLM(nn.Module):
     called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads.
 
     >>> config = ModelConfig(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4)
-    >>> model = TransformerLM(config)
-    >>> model(torch.zeros(3, 7, dtype=torch.long)).shape
+    >>> TransformerLM(config)(torch.zeros(3, 7, dtype=torch.long)).shape
     torch.Size([3, 7, 50])
-    >>> sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
-    True
     """
 
     def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attention = attention
+        self.config, self.attention = config, attention
         rope = None
         if config.pos == "rope":  # one table serves all layers
             rope = RotaryPositionalEmbedding(config.rope_theta, config.head_dim, config.context_length)
@@ -519,9 +491,8 @@ class TransformerLM(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
         # A post-norm block ends in a norm already.
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
-        # lm_head reads numbers of about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, so
-        # the first loss is ln V + 1/32: the model starts by knowing nothing, whatever the sizes. (Glorot's variance
-        # does so only while V is much greater than C.)
+        # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16 and so a first
+        # loss of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
         std = 1 / (4 * math.sqrt(config.d_model))
         if config.tie_embeddings:
             # subtle: read as embeddings, weights of std 1 would let every token predict itself with a logit near C and
@@ -530,8 +501,8 @@ class TransformerLM(nn.Module):
         self.lm_head = Linear(config.d_model, config.vocab_size, std=std)
         if config.tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
-            # So small, they would drown in what the branches add. Multiplied on the way in, as in "Attention Is All You
-            # Need", section 3.4, they start the stream with unit variance, as embeddings of their own do.
+            # So small, they would drown in what the branches add: scaled to unit variance on the way in, as in
+            # "Attention Is All You Need", section 3.4.
             self.embedding_scale = 1 / std
         # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
         # size at any depth, which nothing else ensures when there are no norms (GPT-2 report, section 2.3).
@@ -546,8 +517,9 @@ class TransformerLM(nn.Module):
     ) -> Tensor:
         """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
 
-        positions (T,) or (B, T): place of each token in its text, by default 0 .. T-1, or what follows in the cache.
-        segment_ids (T,) or (B, T): tokens see only their own segment (document); PADDING_SEGMENT_ID sees nothing.
+        positions (T,) or (B, T), all below context_length: place of each token in its text, by default 0 .. T-1, or
+        what follows in the cache. segment_ids (T,) or (B, T): a token sees only its own segment (document), and
+        PADDING_SEGMENT_ID nothing.
         """
         num_rows, num_tokens = token_ids.shape
         if num_tokens > self.config.context_length:
@@ -565,8 +537,8 @@ class TransformerLM(nn.Module):
         if self.attention is not None:
             attend = partial(self.attention, positions=positions, segment_ids=segment_ids)
         else:
-            kind = self.config.attention
-            attend = make_attention(kind, positions, segment_ids, kv_positions, kv_segment_ids, is_causal=is_causal)
+            keys = (kv_positions, kv_segment_ids)
+            attend = make_attention(self.config.attention, positions, segment_ids, *keys, is_causal=is_causal)
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
@@ -579,8 +551,7 @@ class TransformerLM(nn.Module):
         positions: Tensor | None = None, segment_ids: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V); the arguments are those of forward_hidden."""
-        hidden = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
-        return self.lm_head(hidden)  # (B, T, V)
+        return self.lm_head(self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache))
 
 
 # --- 7. What it costs: parameters, FLOPs, memory ---
@@ -608,7 +579,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
 
     A product of (m, n) and (n, p) takes 2 m n p FLOPs: a multiplication and an addition for each of m n p. The
     backward pass makes two such products (for the gradient of either factor), hence 3. Norms, softmax, rotations and
-    activations are left out; the causal half of the scores is counted as computed, as torch's FlopCounterMode does.
+    activations are left out; the scores that the mask hides count as computed, as in torch's FlopCounterMode.
 
     >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
@@ -626,36 +597,29 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
 def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None) -> dict[str, int]:
     """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
 
-    Activations are what autograd keeps from the forward for the backward pass, tensor by tensor below. They do not
-    include dropout's masks, temporary buffers, and what autocast keeps in half precision instead.
+    Activations are what autograd keeps from the forward for the backward pass. Left out are dropout's masks,
+    temporary buffers, and that autocast keeps some of it in half precision.
     """
-    context_length = context_length or config.context_length
+    context_length, layers = context_length or config.context_length, config.num_layers
     c, f, kv_width = config.d_model, config.d_ff, config.num_kv_heads * config.head_dim
     tokens, parameters = batch_size * context_length, sum(count_parameters(config).values())
-    # Numbers kept per token by one norm: its input, the input over its rms, and its result (which the next product
-    # keeps as its factor) of width c each, and 1 / rms.
+    # In numbers per token. A norm keeps its input, that over its rms, its result, and 1 / rms.
     norm = 3 * c + 1
-    # q, k and v as attention sees them, its result (the factor of output_proj), and
+    # Attention: q, k, v, and its result (the factor of output_proj), and
     attention = 2 * c + 2 * kv_width
-    if config.attention == "naive":  # the exponentials and the weights of H heads,
-        attention += 2 * config.num_heads * context_length + config.num_heads
-        attention += 2 * (c - kv_width)  # with k and v repeated to all heads
+    if config.attention == "naive":  # the exponentials and the weights of H heads, their sum, k and v repeated,
+        attention += (2 * context_length + 1) * config.num_heads + 2 * (c - kv_width)
     else:  # or the logarithm of the softmax's denominator alone
         attention += config.num_heads
     if config.qk_norm:  # q and k before and after the division by their rms
         attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
-    # swiglu: w1 x, its sigmoid, silu, w3 x, the product. silu: without the last two. relu keeps only its result.
+    # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
-    stream = {
-        "pre": (2 * config.num_layers + 1) * norm,
-        "post": 2 * config.num_layers * norm + c,  # and the embeddings, read by the first block without a norm
-        "none": (2 * config.num_layers + 1) * c,
-    }[config.norm]
+    # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
+    stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
     return {
-        "parameters": 4 * parameters,
-        "gradients": 4 * parameters,
-        "AdamW moments": 8 * parameters,
-        "activations": 4 * tokens * (config.num_layers * (attention + ffn) + stream),
+        "parameters": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
+        "activations": 4 * tokens * (layers * (attention + ffn) + stream),
         "logits": 2 * 4 * tokens * config.vocab_size,  # and their gradient
     }
 
@@ -665,13 +629,14 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
 
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or one preset part by part, exactly."""
-    flops = partial(flops_per_token, context_length=context_length)
-    memory = partial(training_memory, batch_size=batch_size, context_length=context_length)
-    for title, account in (
-        ("Parameters", count_parameters),
-        ("FLOPs per token of the forward pass (training: 3 times as many)", flops),
-        (f"Bytes of a float32 training step on {batch_size} sequences", memory),
-    ):
+    accounts = {
+        "Parameters": count_parameters,
+        "FLOPs per token of the forward pass (training: 3 times as many)":
+            partial(flops_per_token, context_length=context_length),
+        f"Bytes of a float32 training step on {batch_size} sequences":
+            partial(training_memory, batch_size=batch_size, context_length=context_length),
+    }
+    for title, account in accounts.items():
         rows = []
         for name in names:
             parts = account(ModelConfig(**PRESETS[name]))
@@ -689,16 +654,19 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and training memory of the presets.")
-    parser.add_argument("--preset", help=f"show one in detail: {', '.join(PRESETS)}")
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message}; --help lists the flags")
+
+    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
+    parser.add_argument("--preset", choices=PRESETS, help="show one in detail")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
     parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")
-    args = parser.parse_args(argv)
     try:
-        require_positive("batch_size", args.batch_size)
-        if args.context_length is not None:
-            require_positive("context_length", args.context_length)
-        if args.preset is not None and args.preset not in PRESETS:
-            raise ValueError(f"there is no preset {args.preset!r}: choose one of {', '.join(PRESETS)}")
+        args = parser.parse_args(argv)
+        for name in ("batch_size", "context_length"):
+            if (value := getattr(args, name)) is not None:
+                require_positive(f"--{name}", value)
         show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
     except ValueError as error:
         print(f"model.py: {error}", file=sys.stderr)

@@ -698,7 +698,9 @@ def test_tables(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, words", [(["--preset", "gpt5"], "gpt5"), (["--batch_size", "0"], "batch_size is 0")]
+    "argv, words",
+    [(["--preset", "gpt5"], "gpt5"), (["--batch_size", "0"], "batch_size is 0"), (["--batch_size", "x"], "'x'"),
+     (["--context_length", "-1"], "context_length is -1"), (["--presets"], "--presets")],
 )
 def test_mistakes_on_the_command_line(argv, words, capsys):
     """A user's mistake is one sentence on stderr and exit code 2."""
