@@ -322,8 +322,8 @@ def make_attention(
     if kind == "flash":
         from flash import flash_attention
 
-        places = dict(positions=positions, segment_ids=segment_ids, kv_positions=kv_positions,
-                      kv_segment_ids=kv_segment_ids)
+        keys = dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
+        places = dict(positions=positions, segment_ids=segment_ids, **keys)
         return flash_attention if is_causal else partial(flash_attention, **places)
     if kind == "sdpa" and is_causal:
         return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -400,15 +400,11 @@ class KVCache:
         self.positions[:, new] = positions  # (B, T)
         self.length += num_tokens
 
-    def wrap(self, layer: int, attend: Attend) -> Attend:
-        """`attend` for this layer, over all tokens so far: writes k and v into the slots reserved last before it."""
-
-        def cached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = (x[layer, :, :, : self.length] for x in (self.keys, self.values))  # (B, G, S, D)
-            keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
-            return attend(q, keys, values)  # (B, H, T, D)
-
-        return cached
+    def attend(self, layer: int, attention: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attention` over all tokens so far, after k and v (B, G, T, D) went into this layer's last reserved slots."""
+        keys, values = (x[layer, :, :, : self.length] for x in (self.keys, self.values))  # (B, G, S, D)
+        keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
+        return attention(q, keys, values)  # (B, H, T, D)
 
 
 # --- 6. Self-attention, block, language model ---
@@ -543,7 +539,7 @@ class TransformerLM(nn.Module):
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
         for layer, block in enumerate(self.layers):
-            x = block(x, positions, cache.wrap(layer, attend) if cache is not None else attend)  # (B, T, C)
+            x = block(x, positions, attend if cache is None else partial(cache.attend, layer, attend))  # (B, T, C)
         return self.ln_final(x)  # (B, T, C)
 
     def forward(
@@ -577,9 +573,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
 
-    A product of (m, n) and (n, p) takes 2 m n p FLOPs: a multiplication and an addition for each of m n p. The
-    backward pass makes two such products (for the gradient of either factor), hence 3. Norms, softmax, rotations and
-    activations are left out; the scores that the mask hides count as computed, as in torch's FlopCounterMode.
+    A product of (m, n) and (n, p) takes m n p multiplications and as many additions; the backward pass makes two more
+    for the gradients of its factors, hence 3. Norms, softmax, rotations and activations are left out; scores that the
+    mask hides count as computed, as in torch's FlopCounterMode.
 
     >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
@@ -653,7 +649,7 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Parameters, FLOPs and training memory of the presets.")
+    parser = argparse.ArgumentParser(description="Parameters, FLOPs and memory of the presets.", allow_abbrev=False)
 
     def refuse(message: str) -> None:
         raise ValueError(f"{message}; --help lists the flags")

@@ -135,8 +135,8 @@ def generate(
 
 
 class TextStream:
-    """Turns tokens into text at once, but never into half a character: a token may end inside one, and then its last
-    bytes wait for the next token. What never becomes a character is shown as U+FFFD.
+    """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
+    wait for the next token. What never becomes a character is shown as U+FFFD.
 
     >>> stream = TextStream({0: b"caf", 1: bytes([0xC3]), 2: bytes([0xA9])})
     >>> [stream.push(0), stream.push(1), stream.push(2), stream.finish()]
@@ -216,18 +216,15 @@ def newest_run(out_dir: Path) -> Path:
 
 def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[TransformerLM, Tokenizer]:
     """Model and tokenizer of a run of train.py, from its newest checkpoint."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: there is no run here; python train.py makes one, --run names it")
     path = max(folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
     if path is None:
-        raise UserError(f"{folder}: the run has no checkpoint yet; let python train.py go on until it has saved one")
+        raise UserError(f"{folder}: no run with a checkpoint here; python train.py makes one, --run names it")
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = TransformerLM(ModelConfig(**description["model"]))
-        with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load verifies no checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     except Exception as error:  # a foreign or damaged file can fail in zipfile, json, pickle and torch in many ways
         reason = " ".join(str(error).split())[:160]
@@ -264,12 +261,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise UserError("--max_new_tokens and --num_samples must be at least 1")
-    if not args.temperature >= 0:
-        raise UserError(f"--temperature must be at least 0, it is {args.temperature}")
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top_k must be at least 1, it is {args.top_k}")
+    for name, least in {"max_new_tokens": 1, "num_samples": 1, "top_k": 1, "temperature": 0}.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # "not": nan is refused too
+            raise UserError(f"--{name} must be at least {least}, it is {value}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
     if not 0 <= args.seed < 2**63:

@@ -163,7 +163,8 @@ def test_several_samples_and_a_long_prompt(run, capsys):
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--temperature=-1"], "temperature"), (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
+    (["--temperature=-1"], "temperature"), (["--temperature=nan"], "temperature"), (["--num_samples=0"], "num_samples"),
+    (["--top_p=0"], "top_p"), (["--top_k=0"], "top_k"),
     (["--max_new_tokens=0"], "max_new_tokens"), (["--device=cuda:9"], "--device"),
     (["--run=no/such/run"], "no/such/run"), (["--seed=-1"], "--seed"), (["--top_q=1"], "--top_q"),
     (["--top_k=few"], "--top_k"), (["--dtype=int8"], "--dtype"),
