@@ -379,22 +379,23 @@ def store_tile(base, values, first_row, length, row_stride, ROWS: tl.constexpr, 
 
 
 @jit
-def visible_tile(q_rows, k_rows, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
+def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
                  WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr):
     """`visible` for a tile: q_rows (T, 1) with k_rows (1, S) give (T, S), and (1, T) with (S, 1) its transpose."""
     q_inside, k_inside = q_rows < q_len, k_rows < k_len
+    q_flat, k_flat = batch * q_len + q_rows, batch * k_len + k_rows  # positions and ids are (B, T) and (B, S)
     mask = q_inside & k_inside
     distance = q_rows - k_rows
     if POSITIONS:
-        distance = tl.load(q_positions + q_rows, mask=q_inside, other=0) - tl.load(k_positions + k_rows, mask=k_inside,
-                                                                                   other=0)
+        q_position = tl.load(q_positions + q_flat, mask=q_inside, other=0)
+        distance = q_position - tl.load(k_positions + k_flat, mask=k_inside, other=0)
     if CAUSAL:
         mask = mask & (distance >= 0)
     if WINDOW > 0:
         mask = mask & (distance < WINDOW)
     if IDS:
-        q_id = tl.load(q_ids + q_rows, mask=q_inside, other=-1)
-        mask = mask & (q_id == tl.load(k_ids + k_rows, mask=k_inside, other=-1)) & (q_id != -1)
+        q_id = tl.load(q_ids + q_flat, mask=q_inside, other=-1)
+        mask = mask & (q_id == tl.load(k_ids + k_flat, mask=k_inside, other=-1)) & (q_id != -1)
     return mask
 
 
@@ -411,10 +412,6 @@ def forward_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most keys: the longest work starts first
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
-    if POSITIONS:
-        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
-    if IDS:
-        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
     bounds += batch * bounds_batch + tile * 4
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     q_rows = tile * Q_TILE + tl.arange(0, Q_TILE)
@@ -428,8 +425,9 @@ def forward_kernel(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
         if (k_index < full_low) | (k_index >= full_high):
             k_rows = k_first + tl.arange(0, K_TILE)
-            scores = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
-                                           q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), scores, float("-inf"))
+            mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
+                                k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (Q_TILE, K_TILE)
+            scores = tl.where(mask, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet subtracts 0
         p = tl.exp2(scores * scale_log2 - m_finite[:, None])
@@ -465,10 +463,6 @@ def dq_kernel(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     k_base, v_base = k + batch * k_batch + head // GROUP * k_head, v + batch * v_batch + head // GROUP * v_head
-    if POSITIONS:
-        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
-    if IDS:
-        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
     bounds += batch * bounds_batch + tile * 4
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     q_first = tile * Q_TILE
@@ -490,8 +484,9 @@ def dq_kernel(
         p = tl.exp2(scores * scale_log2 - L_log2[:, None])
         if (k_index < full_low) | (k_index >= full_high):
             k_rows = k_first + tl.arange(0, K_TILE)
-            p = tl.where(visible_tile(q_rows[:, None], k_rows[None, :], q_len, k_len, q_positions, k_positions,
-                                      q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p, 0.0)
+            mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
+                                k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (Q_TILE, K_TILE)
+            p = tl.where(mask, p, 0.0)
         dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     store_tile(dq + batch * dq_batch + head * dq_head, acc * scale, q_first, q_len, dq_row, Q_TILE, D, D_PAD)
@@ -509,10 +504,6 @@ def dkdv_kernel(
     """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
     tile, kv_heads = tl.program_id(1), heads // GROUP
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
-    if POSITIONS:
-        q_positions, k_positions = q_positions + batch * q_len, k_positions + batch * k_len
-    if IDS:
-        q_ids, k_ids = q_ids + batch * q_len, k_ids + batch * k_len
     bounds += batch * bounds_batch + tile * 4
     low, full_low, full_high, high = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
     k_first = tile * K_TILE
@@ -536,8 +527,9 @@ def dkdv_kernel(
         scores_t = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (K_TILE, Q_TILE)
         p_t = tl.exp2(scores_t * scale_log2 - L_log2[None, :])
         if (q_index < full_low) | (q_index >= full_high):
-            p_t = tl.where(visible_tile(q_rows[None, :], k_rows[:, None], q_len, k_len, q_positions, k_positions,
-                                        q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS), p_t, 0.0)
+            mask_t = visible_tile(q_rows[None, :], k_rows[:, None], batch, q_len, k_len, q_positions, k_positions,
+                                  q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (K_TILE, Q_TILE)
+            p_t = tl.where(mask_t, p_t, 0.0)
         dv_acc = tl.dot(p_t.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
         dscores_t = p_t * (tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION) - delta_rows[None, :])
         dk_acc = tl.dot(dscores_t.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
@@ -731,9 +723,8 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, L = ctx.saved_tensors
-        folded = [as_heads(x) for x in (q, k, v, out, L[..., None], grad_out)]
-        folded[4] = folded[4][..., 0]  # L is (B, 1, T)
-        grads = backward_op(*folded, *ctx.options)
+        folded = (as_heads(x) for x in (q, k, v, out))
+        grads = backward_op(*folded, as_heads(L[..., None])[..., 0], as_heads(grad_out), *ctx.options)
         return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None
 
 
