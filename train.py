@@ -631,6 +631,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
+    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     for title, config in (("what is trained", ModelConfig), ("how; kept by a resumed run", TrainConfig),
                           ("where, and instead of training", Place)):
         group = parser.add_argument_group(title)
@@ -954,10 +959,10 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    typed = vars(build_parser().parse_args(argv))
-    place = Place(**fields_of(Place, typed))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        typed = vars(build_parser().parse_args(argv))
+        place = Place(**fields_of(Place, typed))
         ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
         exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
         shutdown_distributed()

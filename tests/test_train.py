@@ -474,6 +474,8 @@ def test_stories_are_scored_one_by_one(tmp_path):
     (("--context_length=6000",), "fewer than one window"),
     (("--dataset=no/such/file.txt",), "no/such/file.txt"),
     (("--num_kv_heads=3",), "num_kv_heads"),
+    (("--no_such_flag=3",), "no_such_flag"),
+    (("--batch_size=many",), "batch_size"),
 ])
 def test_mistakes_are_one_sentence(corpus, tmp_path, capsys, more, said):
     """A mistake ends in one line on stderr that names it, exit code 2, and leaves no run folder."""
