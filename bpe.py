@@ -37,9 +37,7 @@ Contents
 
 import argparse
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
-import errno
 import functools
 import gzip
 import hashlib
@@ -55,12 +53,10 @@ import random
 import re
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
-import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +67,7 @@ import regex
 
 END_OF_TEXT = "<|endoftext|>"  # stands behind each document; the model learns that another text follows
 Pair = tuple[bytes, bytes]
+PathLike = str | os.PathLike
 
 
 class UserError(ValueError):
@@ -98,8 +95,8 @@ BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p
 FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
 
 
-def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern | None:
-    """Finds special tokens, in a group so that split() keeps them; None when there are none.
+def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
+    """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing.
 
     >>> special_pattern(["<|a|>", "<|a|><|b|>"]).split("x<|a|><|b|>y")
     ['x', '<|a|><|b|>', 'y']
@@ -107,7 +104,7 @@ def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern | None:
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
-    return regex.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
 
 
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
@@ -116,14 +113,13 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
     {'low': 1, ' lower': 1, ' low': 2}
     """
-    specials = special_pattern(special_tokens)
     pieces: Counter[str] = Counter()
-    for part in specials.split(text)[::2] if specials else [text]:  # every second part is a special token
+    for part in special_pattern(special_tokens).split(text)[::2]:  # every second part is a special token
         pieces.update(PIECE.findall(part))
     counts: defaultdict[str, int] = defaultdict(int)
     for piece, count in pieces.items():
-        for match in PRETOKEN.finditer(piece):
-            counts[match.group()] += count
+        for pretoken in PRETOKEN.findall(piece):
+            counts[pretoken] += count
     return dict(counts)
 
 
@@ -187,10 +183,8 @@ def heap_order(token: bytes) -> str:
     return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
 
 
-def train_fast(
-    word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
-    on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
-) -> list[Pair]:
+def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
+               on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
     """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
 
     known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
@@ -281,7 +275,7 @@ def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, 
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 
 
-def text_size(path: str | os.PathLike) -> int:
+def text_size(path: PathLike) -> int:
     """Bytes of a text file, or what is wrong with it."""
     try:
         with open(path, "rb") as file:
@@ -293,7 +287,7 @@ def text_size(path: str | os.PathLike) -> int:
     return size
 
 
-def read_text(path: str | os.PathLike, start: int, end: int) -> str:
+def read_text(path: PathLike, start: int, end: int) -> str:
     """Bytes start to end of a UTF-8 file; text mode would change line ends or use the platform's own encoding."""
     with open(path, "rb") as file:
         file.seek(start)
@@ -305,13 +299,12 @@ def read_text(path: str | os.PathLike, start: int, end: int) -> str:
         raise UserError(f"{path} is not UTF-8 text ({where}): convert it, as with iconv -f latin1 -t utf-8") from None
 
 
-def chunks_of(path: str | os.PathLike, special_tokens: Sequence[str], num_bytes: int) -> list[tuple[int, int]]:
+def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> list[tuple[int, int]]:
     """(start, end) of parts of a file, about num_bytes long, that can be treated alone.
 
     A part begins at a special token or, where none is near, at a border; never within a special token.
     """
-    size, window = text_size(path), 16_384
-    specials = special_pattern(special_tokens)
+    size, window, specials = text_size(path), 16_384, special_pattern(special_tokens)
     margin = max((len(token.encode("utf-8")) for token in special_tokens), default=0) + 4
     borders, target = [0], num_bytes
     with open(path, "rb") as file:
@@ -321,7 +314,7 @@ def chunks_of(path: str | os.PathLike, special_tokens: Sequence[str], num_bytes:
             first = max(0, target - margin)
             file.seek(first)
             text = file.read(target - first + window + margin).decode("utf-8", errors="surrogateescape")
-            spans = [match.span() for match in specials.finditer(text, overlapped=True)] if specials else []
+            spans = [match.span() for match in specials.finditer(text, overlapped=True)]
             within = {index for start, end in spans for index in range(start + 1, end)}
             for index in [start for start, _ in spans] + [match.start() for match in FIRST_BORDER.finditer(text)]:
                 offset = first + len(text[:index].encode("utf-8", errors="surrogateescape"))
@@ -334,19 +327,22 @@ def chunks_of(path: str | os.PathLike, special_tokens: Sequence[str], num_bytes:
     return list(zip(borders, borders[1:] + [size]))
 
 
-def parallel_map(function: Callable, shared: Any, tasks: Iterable[tuple], num_workers: int) -> Iterator[Any]:
+def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
     """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
 
-    A worker that dies is an error, not a hang. With one worker all happens in this process.
+    By default one worker for each processor; few tasks, or one worker, are done in this process. A worker that dies
+    is an error, not a hang.
     """
-    if num_workers <= 1:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(num_workers or processors, len(tasks))
+    if num_workers == 1 or len(tasks) <= 2:
         yield from (function(shared, *task) for task in tasks)
         return
-    tasks, context = iter(tasks), multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of torch
+    context = multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of torch
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (shared,))
     # subtle: a spawned process first runs the caller's script again, up to `if __name__ == "__main__"`. Ours need only
     # this file, and train.py would import torch in each of them, so the script's path is hidden while they start.
-    main = sys.modules["__main__"].__dict__
+    main, tasks = sys.modules["__main__"].__dict__, iter(tasks)
     script = main.pop("__file__", None) if __name__ != "__main__" else None
     try:
         waiting = deque(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 2 * num_workers))
@@ -356,7 +352,7 @@ def parallel_map(function: Callable, shared: Any, tasks: Iterable[tuple], num_wo
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 1))
-    except concurrent.futures.process.BrokenProcessPool:
+    except concurrent.futures.BrokenExecutor:
         fewer = max(1, num_workers // 2)
         raise UserError(f"a worker process died, perhaps for want of memory: try --num_workers {fewer}") from None
     finally:
@@ -375,12 +371,6 @@ def _run_task(function: Callable, task: tuple) -> Any:
     return function(_SHARED[0], *task)
 
 
-def workers_for(num_tasks: int, num_workers: int | None) -> int:
-    """Processes worth starting for some tasks of CHUNK_BYTES; by default up to the processors this process may use."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_workers or processors, num_tasks) if num_tasks > 2 else 1
-
-
 class Progress:
     """One line on stderr while something long runs: how much is done, how fast, how long it still takes."""
 
@@ -392,19 +382,16 @@ class Progress:
     def update(self, done: int) -> None:
         now, scale = time.monotonic(), 1e6 if self.unit == "MB" else 1
         if self.shown and done and now - self.printed > (0.5 if self.terminal else 10):
-            self.printed = now
-            rate = done / (now - self.started)
+            rate, self.printed = done / (now - self.started), now
             line = f"{self.what:<20} {done / scale:9,.1f} of {self.total / scale:,.1f} {self.unit}, "
             line += f"{rate / scale:,.1f} a second, {(self.total - done) / rate:,.0f} s left"
             print(f"{line:<99}", end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal and self.printed > self.started:
+        if self.terminal and done >= self.total and self.printed > self.started:
             print(" " * 99, end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
+def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -445,47 +432,45 @@ def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int)
     return count_pretokens(read_text(path, start, end), special_tokens)
 
 
-def count_words(
-    path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None, cache: Path | None = None,
-    progress: bool = False,
-) -> dict[str, int]:
-    """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text."""
+def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None,
+                cache: Path | None = None, progress: bool = False) -> dict[str, int]:
+    """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text.
+
+    The cache keeps the counts of the chunks done so far, for a run after an interruption.
+    """
     chunks = chunks_of(path, special_tokens, CHUNK_BYTES)
     stored = read_json(cache) if cache else {}
     counts, known = Counter(stored.get("counts", {})), stored.get("chunks", 0)
     meter, saved = Progress("counting words", chunks[-1][1], shown=progress), time.monotonic()
     tasks = [(path, *chunk) for chunk in chunks[known:]]
-    results = parallel_map(count_chunk, list(special_tokens), tasks, workers_for(len(tasks), num_workers))
-    for done, chunk_counts in enumerate(results, known + 1):
-        counts.update(chunk_counts)
+    for done, new in enumerate(parallel_map(count_chunk, list(special_tokens), tasks, num_workers), known + 1):
+        counts.update(new)
         meter.update(chunks[done - 1][1])
         if cache and (done == len(chunks) or time.monotonic() - saved > 60):
             write_json(cache, {"chunks": done, "counts": counts})
             saved = time.monotonic()
-    meter.close()
     return counts
 
 
 def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
-    specials = len(set(special_tokens))
-    if vocab_size < 256 + specials:
-        raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {256 + specials}")
-    return vocab_size - 256 - specials
+    fixed = 256 + len(set(special_tokens))
+    if vocab_size < fixed:
+        raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {fixed}")
+    return vocab_size - fixed
 
 
-def train_bpe(
-    input_path: str | os.PathLike, vocab_size: int, special_tokens: Sequence[str], *, num_workers: int | None = None,
-    cache_dir: str | os.PathLike | None = None, progress: bool = False,
-    on_merge: Callable[[Pair, int], None] = lambda pair, count: None, seconds: dict[str, float] | None = None,
-) -> tuple[dict[int, bytes], list[Pair]]:
+def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[str], *, num_workers: int | None = None,
+              cache_dir: PathLike | None = None, progress: bool = False,
+              on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
+              seconds: dict[str, float] | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
 
     vocab_size counts all: id b is byte b, then comes an id for each merge, then the special tokens. A text too small
     for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, under a hash
-    of the text: they serve every smaller vocab_size and a run after an interruption. seconds: the time of each stage.
+    of the text: they serve every smaller vocab_size and a run after an interruption. seconds: gets each stage's time.
     """
     special_tokens, path = list(dict.fromkeys(special_tokens)), Path(input_path)
-    num_merges = num_merges_for(vocab_size, special_tokens)
+    num_merges, seconds = num_merges_for(vocab_size, special_tokens), {} if seconds is None else seconds
     text_size(path)
     merges: list[Pair] = []
     kept_counts = kept_merges = None
@@ -494,39 +479,32 @@ def train_bpe(
             key = hashlib.file_digest(file, "sha256")
         key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
         kept_counts, kept_merges = (Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("json", "merges"))
-        merges = read_kept_merges(kept_merges)
-    times = [time.perf_counter()]
+        kept_counts.parent.mkdir(parents=True, exist_ok=True)
+        kept_merges.touch()
+        lines = kept_merges.read_text(encoding="ascii").split("\n")[:-1]  # a crash may have cut short what is last
+        merges = [tuple(map(bytes.fromhex, line.split(" "))) for line in lines]
     if len(merges) < num_merges:
+        started = time.perf_counter()
         counts = count_words(path, special_tokens, num_workers=num_workers, cache=kept_counts, progress=progress)
-        times.append(time.perf_counter())
+        counted = time.perf_counter()
         meter, number = Progress("merging pairs", num_merges, "merges", progress), itertools.count(len(merges) + 1)
-        with open(kept_merges or os.devnull, "a", encoding="ascii", buffering=1) as log:  # line by line
+        with open(kept_merges or os.devnull, "w", encoding="ascii", buffering=1) as log:  # line by line
 
             def tell(pair: Pair, count: int) -> None:
                 log.write(f"{pair[0].hex()} {pair[1].hex()}\n")
                 meter.update(next(number))
                 on_merge(pair, count)
 
+            log.write("".join(f"{left.hex()} {right.hex()}\n" for left, right in merges))
             merges = train_fast(counts, num_merges, merges, tell)
-        meter.close()
-        times.append(time.perf_counter())
-    if seconds is not None:
-        seconds |= {stage: end - start for stage, start, end in zip(("counting", "merging"), times, times[1:])}
+        meter.update(num_merges)
+        seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
     merges = merges[:num_merges]
     if len(merges) < num_merges:
         print(f"{path}: no pair is left after {len(merges):,} of {num_merges:,} merges", file=sys.stderr)
     vocab = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
     vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
-
-
-def read_kept_merges(path: Path) -> list[Pair]:
-    """The merges of earlier trainings on the same text, up to the first line that a crash has damaged."""
-    text = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
-    intact = re.match(r"(?:(?:[0-9a-f]{2})+ (?:[0-9a-f]{2})+\n)*", text).group()
-    with write_atomically(path) as file:
-        file.write(intact)
-    return [tuple(map(bytes.fromhex, line.split())) for line in intact.splitlines()]
 
 
 # --- 6. The tokenizer ---
@@ -557,24 +535,20 @@ class Tokenizer:
 
     block = 4096  # characters that encode_iterable waits for
 
-    def __init__(
-        self, vocab: Mapping[int, bytes], merges: Iterable[Pair], special_tokens: Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, vocab: Mapping[int, bytes], merges: Iterable[Pair],
+                 special_tokens: Iterable[str] | None = None) -> None:
         self.vocab, self.merges = dict(sorted(vocab.items())), list(merges)
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
         self.token_ids = {token: token_id for token_id, token in self.vocab.items()}
         for token in (special.encode("utf-8") for special in self.special_tokens):
             if token not in self.token_ids:
-                self.token_ids[token] = max(self.vocab, default=-1) + 1
-                self.vocab[self.token_ids[token]] = token
-        for left, right in self.merges:
-            for token in (left, right, left + right):
-                if token not in self.token_ids:
-                    raise UserError(
-                        f"the merge {left!r} {right!r} needs {token!r}, which the vocabulary lacks: the two files are "
-                        "not of one tokenizer, or damaged; restore them, or train the tokenizer anew"
-                    )
-        self._ranks = merge_ranks(self.merges, self.token_ids)
+                self.token_ids[token] = self.vocab_size
+                self.vocab[self.vocab_size] = token
+        try:
+            self._ranks = merge_ranks(self.merges, self.token_ids)
+        except KeyError as error:
+            raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
+                            "tokenizer; restore them, or train the tokenizer anew") from None
         self._byte_ids = [self.token_ids.get(bytes([byte])) for byte in range(256)]
         self._specials = special_pattern(self.special_tokens)
         self._known: dict[str, tuple[int, ...]] = {}  # piece -> ids
@@ -593,7 +567,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         known = self._known.get  # texts repeat themselves: nearly every piece has been seen before
-        for place, part in enumerate(self._specials.split(text) if self._specials else [text]):
+        for place, part in enumerate(self._specials.split(text)):
             if place % 2:  # split() puts the special tokens at the odd places
                 ids.append(self.token_ids[part.encode("utf-8")])
             else:
@@ -608,7 +582,8 @@ class Tokenizer:
             data = re.sub("[\ud800-\udfff]", "\ufffd", match.group()).encode("utf-8")
             symbols = [self._byte_ids[byte] for byte in data]
             if None in symbols:
-                raise UserError(f"this vocabulary lacks the byte 0x{data[symbols.index(None)]:02x} of {piece!r}")
+                raise UserError(f"this vocabulary lacks the byte 0x{data[symbols.index(None)]:02x} of {piece!r}: take "
+                                "a tokenizer with all 256 bytes")
             ids += apply_merges(symbols, self._ranks)
         if len(piece) <= 64:
             if len(self._known) >= 200_000:  # some 50 MB; starting anew is cheaper than keeping track of age
@@ -636,7 +611,7 @@ class Tokenizer:
         """
         beginnings = (special[:length] for special in self.special_tokens for length in range(1, len(special)))
         undecided = len(text) - max((len(part) for part in beginnings if text.endswith(part)), default=0)
-        found = self._specials.finditer(text) if self._specials else ()
+        found = self._specials.finditer(text)
         end = max((match.end() for match in found if match.start() < undecided), default=0)
         border = LAST_BORDER.search(text, end, max(end, undecided))
         return border.start() if border else end
@@ -648,7 +623,7 @@ class Tokenizer:
         except KeyError as error:
             raise UserError(f"no token has the id {error}: this vocabulary ends at {self.vocab_size - 1}") from None
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: PathLike) -> None:
         """Write GPT-2's vocab.json and merges.txt, and tokenizer.json for the Hugging Face `tokenizers` package."""
         directory, character = Path(directory), printable_bytes()
         written = {token: "".join(character[byte] for byte in token) for token in self.vocab.values()}
@@ -657,21 +632,20 @@ class Tokenizer:
         vocab = {written[token]: token_id for token_id, token in self.vocab.items()}
         merges = [(written[left], written[right]) for left, right in self.merges]
         specials = {self.token_ids[special.encode("utf-8")]: special for special in self.special_tokens}
+        named = {specials.get(token_id, token): token_id for token, token_id in vocab.items()}  # specials as they are
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added = [{"id": token_id, "content": special, **flags} for token_id, special in sorted(specials.items())]
         splitter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        theirs = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splitter}
-        named = {specials.get(token_id, token): token_id for token, token_id in vocab.items()}  # specials as they are
-        theirs |= {"decoder": splitter, "model": {"type": "BPE", "vocab": named, "merges": merges}}
         write_json(directory / "vocab.json", vocab)
         with write_atomically(directory / "merges.txt") as file:
             file.writelines(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
-        write_json(directory / "tokenizer.json", theirs)
+        write_json(directory / "tokenizer.json", {
+            "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splitter, "decoder": splitter,
+            "model": {"type": "BPE", "vocab": named, "merges": merges}})
 
     @classmethod
-    def from_files(
-        cls, vocab_path: str | os.PathLike, merges_path: str | os.PathLike, special_tokens: Iterable[str] | None = None
-    ) -> "Tokenizer":
+    def from_files(cls, vocab_path: PathLike, merges_path: PathLike,
+                   special_tokens: Iterable[str] | None = None) -> "Tokenizer":
         """Read vocab.json and merges.txt, those of save() or GPT-2's own."""
         with _explained(f"{vocab_path} or {merges_path}"):
             vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
@@ -680,16 +654,16 @@ class Tokenizer:
             return cls(*_from_printable(vocab, pairs), special_tokens)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> "Tokenizer":
+    def load(cls, directory: PathLike) -> "Tokenizer":
         """Read tokenizer.json with its special tokens: that of save(), or any plain byte-level BPE."""
         path = Path(directory) / "tokenizer.json"
         with _explained(path):
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            model, splitter, added = theirs["model"], theirs["pre_tokenizer"] or {"type": None}, theirs["added_tokens"]
+            model, splitter = theirs["model"], theirs["pre_tokenizer"] or {"type": None}
             plain = {"BPE", "ByteLevel"} == {model.get("type", "BPE"), splitter["type"]} and not theirs["normalizer"]
             if not plain or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
                 raise UserError(f"{path} is no plain byte-level BPE: one with a normalizer or splitter cannot be used")
-            specials = {token["id"]: token["content"] for token in added}
+            specials = {token["id"]: token["content"] for token in theirs["added_tokens"]}
             ordinary = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # old files, new
             vocab, merges = _from_printable(ordinary, pairs)
@@ -705,8 +679,7 @@ def _explained(files: Any) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        problem = f"cannot read {error.filename} ({error.strerror}): train a tokenizer, or give its right place"
-        raise UserError(problem) from None
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): give the place of a tokenizer") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{files} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
@@ -727,10 +700,8 @@ def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: 
     return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
 
 
-def encode_file(
-    tokenizer: Tokenizer, text_path: str | os.PathLike, npy_path: str | os.PathLike, *, num_workers: int | None = None,
-    progress: bool = False,
-) -> int:
+def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *, num_workers: int | None = None,
+                progress: bool = False) -> int:
     """Encode a text file into an array of ids on disk; returns their number.
 
     uint16 holds the ids of 65,536 tokens in half the space of uint32. The array is written chunk by chunk and never
@@ -739,33 +710,29 @@ def encode_file(
     text_path, npy_path = Path(text_path), Path(npy_path)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
     chunks, source = chunks_of(text_path, tokenizer.special_tokens, CHUNK_BYTES), file_identity(text_path)
+    meter, started = Progress(f"encoding {text_path.name}", source["bytes"], shown=progress), time.perf_counter()
     tasks = [(dtype.str, text_path, *chunk) for chunk in chunks]
-    results = parallel_map(encode_chunk, tokenizer, tasks, workers_for(len(tasks), num_workers))
-    meter, started = Progress(f"encoding {text_path.name}", chunks[-1][1], shown=progress), time.perf_counter()
     header = {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
         begin = file.tell()
-        for (_, end), ids in zip(chunks, results):
+        for (_, end), ids in zip(chunks, parallel_map(encode_chunk, tokenizer, tasks, num_workers)):
             file.write(ids)
             meter.update(end)
         count = (file.tell() - begin) // dtype.itemsize
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
         npy_path.with_suffix(".json").unlink(missing_ok=True)  # an array without one counts as missing
-    meter.close()
-    facts = {"tokens": count, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash(), "source": source}
-    facts["bytes_per_token"] = source["bytes"] / count
-    facts["tokens_per_second"] = count / (time.perf_counter() - started)
-    write_json(npy_path.with_suffix(".json"), facts)
+    write_json(npy_path.with_suffix(".json"), {
+        "tokens": count, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash(), "source": source,
+        "bytes_per_token": source["bytes"] / count, "tokens_per_second": count / (time.perf_counter() - started)})
     return count
 
 
-def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer, *, context_length: int = 0) -> np.ndarray:
+def load_tokens(npy_path: PathLike, tokenizer: Tokenizer, *, context_length: int = 0) -> np.ndarray:
     """Open an array of encode_file without reading it, after a look at whose ids they are and whether they suffice."""
     npy_path = Path(npy_path)
-    facts = read_json(npy_path.with_suffix(".json"))
-    again = f"remove {npy_path} and prepare the data again"
+    facts, again = read_json(npy_path.with_suffix(".json")), f"remove {npy_path} and prepare the data again"
     try:
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -782,7 +749,7 @@ def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer, *, context_le
 # --- 8. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
-#   name = red blue dark_green     a list of words (`_` is a space)       name: row | row     a list of phrases
+#   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row     a list of phrases
 #   who/his = Lily/her Tom/his     columns, drawn together                (x|y|)              a rule without a name
 #   {trait2}  another draw from `trait`, never the same row twice         {He} {a trait}      capital letter, a or an
 # So the probability of a story is a product of 1/n, one factor a draw, and its logarithm is known exactly.
@@ -790,14 +757,13 @@ def load_tokens(npy_path: str | os.PathLike, tokenizer: Tokenizer, *, context_le
 GRAMMAR = """
 story: {open} {plot}
 plot: {lost} | {broken} | {noise} | {trouble} | {quarrel} | {gift}
-open: {once} {a trait}, {trait2} {child} {called} {hero} lived in {a look} {home} {near} {a look2} {place}. {like}
-once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north, |
-    Down south,
-  | Over the sea, | Out west, | Last year,
+open: {once} {a trait}, {trait2} {child} (called|named) {hero} lived in {a look} {home} {near} {a look2} {place}. {like}
+once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north,
+  | Down south, | Over the sea, | Out west, | Last year,
 like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}.
   | {He} had {a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.
-meet: {then} came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so {sad}?"
-then = Along Soon Then Up By_and_by
+meet: (Along|Soon|Then|Up|By and by) came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so
+    {sad}?"
 day: {one} {daytime}
 feast: They {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.
 ever: From then on, | After that, | Ever after, | Afterwards,
@@ -824,8 +790,6 @@ damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far)
   | {a state3} screw was (loose|missing)/checked the screws {adverb2}
   | the frost cracked it/kept the {toy} in {a colour5} blanket
   | {a trait6} {thief} chewed it/hid the {toy} from every {thief}
-wet = rain snow mud sun
-gale = storm gale whirlwind hurricane blizzard breeze
 
 noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
     {monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so
@@ -846,9 +810,8 @@ sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a
 trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
     {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
     {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}.
-    {feast} That {evening} {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I helped
-    when {problem}," {beamed} {hero}.
-evening = evening night
+    {feast} That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I
+    helped when {problem}," {beamed} {hero}.
 problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch
   | the (wind|storm) took the {den}/built one by the {spot}
   | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4}
@@ -863,9 +826,9 @@ quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour
     packed {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the
     {thing}, because {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5}
     {spot2}. {ever} both could {use} it.
-reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5} {royal} had
-    made it
-  | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3}
+reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one
+  | {a trait5} {royal} had made it | it looked so {quality2}
+  | it was brighter than {gem} | it came from {a look3} {place3}
 
 gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
     {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero}
@@ -878,125 +841,101 @@ spent/save: the money went on {a look4} {garment3}/bought no {garment3} again
   | the money went to {a trait5} {worker}/saved some coins for the {worker}
   | the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
 
-hero/child/he/his/him = {girl}/girl/she/her/her {boy}/boy/he/his/him
-girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella Elsie Emma Eva Fay Flora Gwen Hana Holly Ida
-  Iris Isla Jane Jill Josie June Kate Kim Lena Lily Lola Lucy Mabel Maya Meg Mia Molly Nell Nina Nora Penny Polly Rosa
-  Ruby Sally Sara Sofia Sue Tess Tina Una Vera Wendy Yara Zoe Zuri
-boy = Adam Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian
-  Ivan Jack Jake Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete
-  Ravi Rob Sam Ted Theo Tim Tom Toby Victor Will Yusuf Zac
-pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern Fidget Fluff Fudge Ginger Inky Jelly Maple Mitten
-  Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle Pip Plum Raisin Rusty Scout Smudge Snowy Speck
-  Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy Zippy
-animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony donkey
-  goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket weasel
-  moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse gecko
-trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet funny
-  sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy jolly
-  wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty chatty
-  earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump quick
-  rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany
-look = crooked narrow mossy dark sunny ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious
-  pleasant deserted crowded huge small large haunted cosy dreary secret remote popular bleak spotless wide tall cold
-  unknown frosty snowy foggy dusty quaint colossal damp misty low vast windy leafy muddy private public sandy simple
-  stately silvery stony ruined rosy royal draughty grim mighty wild lovely exotic rustic humble ugly odd
-home = house cottage cabin farmhouse lighthouse windmill caravan tower bungalow hut mill inn barn houseboat castle tent
-  palace lodge villa chalet mansion shed bakery treehouse igloo wigwam
-near = near by beside behind
-place = river orchard beach forest meadow lake market harbour station hill park pond library farm zoo island cave bridge
-  field vineyard school church museum canal quarry marsh theatre airport circus waterfall playground village valley
-  swamp mountain desert jungle hospital chapel monastery volcano glacier moor racetrack
-weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly crisp mild glorious golden wet
-  sweltering blustery bright dull fine humid hazy freezing scorching
-daytime = morning afternoon Monday Tuesday Wednesday Thursday Friday Saturday Sunday
-weekday = Monday Tuesday Wednesday Thursday Friday Saturday Sunday
-relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher godmother stepfather
-  nephew niece nanny
-number = two three four five six seven eight
-siblings = brothers sisters cousins goldfish hamsters hens sheep canaries ponies rabbits tortoises aunts uncles spaniels
-  poodles geese cats dogs twins pigs owls mice goats nieces
-loved = loved liked enjoyed
-hobby = painting singing dancing swimming reading baking knitting drawing cycling fishing gardening sewing skating
-  sailing juggling hiking acting cooking camping sledging stargazing rowing wrestling yodelling carving daydreaming
-  exploring inventing counting humming gossiping weaving surfing skiing pottery chess hopscotch tennis football cricket
-  golf ballet archery poetry hockey karate art darts drama history judo jokes maths music puppets riddles rugby science
-  tag yoga
-colour = red blue green purple orange pink brown black white violet turquoise crimson scarlet lilac maroon beige silver
-  emerald striped spotted yellow tartan mauve bronze navy amber indigo coral ivory checked grey golden tan teal lime
-  rose plum ruby khaki cream
-garment = coat hat scarf jacket jumper cap cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan
-  waistcoat hood tunic sash collar bandana kerchief nightcap overcoat robe parka anorak blazer turban headband belt
-  pullover sunhat fleece jersey bow_tie
-went = went walked ran hurried strolled wandered skipped marched raced cycled
-thing/use = kite/fly drum/beat ball/bounce book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll
-  puzzle/solve map/follow coin/spend marble/flick telescope/aim hammer/swing compass/consult clock/wind lamp/light
-  umbrella/open mirror/polish jigsaw/finish guitar/strum balloon/hold locket/unlock medal/show necklace/admire
-  torch/shine boomerang/throw scooter/ride wagon/pull rocket/launch trumpet/blow magnet/test pencil/sharpen camera/use
-  basket/fill pillow/squeeze rattle/shake puppet/move sledge/steer carpet/unroll ladder/climb cup/drink_from
-  chair/sit_on pen/write_with
-quality = shiny little new bright tiny beautiful handsome polished precious splendid fancy dazzling glittering elegant
-  pretty smooth lovely marvellous remarkable peculiar heavy rare sturdy colourful perfect strange foreign gorgeous
-  charming wonderful unusual modern glossy wooden painted curious gleaming delicate exquisite fine dear neat magic
-  costly jolly lucky special sparkly stylish superb valuable solid slender charmed clean
-sad = sad upset gloomy worried miserable unhappy lonely glum troubled sorrowful tearful downcast anxious pale silent
-  dejected mournful wretched fretful sulky forlorn wistful heartbroken flustered crestfallen melancholy cross bitter
-treat = pancakes waffles soup toast honey jam biscuits porridge cherries plums pears strawberries raspberries
-  blueberries noodles dumplings pies buns cookies doughnuts custard jelly pudding cheese popcorn nuts sandwiches tarts
-  cakes lemonade cocoa milk juice tea cider bread butter salad rice beans sausages omelettes crackers pretzels peaches
-  apricots raisins marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts gingerbread lasagne curry stew
-taste = warm sweet fresh creamy fruity tasty cold yummy plain salty tangy rich chilled delicious homemade spicy leftover
-  heavenly peppery minty lemony gingery smoky nutty honeyed buttery thin thick light dark bitter bland French Greek
-  Italian Turkish Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour pale soft
-stuff = glue string tape wire ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin foil canvas
-  cork paste wood cloth paper silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud paint satin
-  tweed twine yarn
-tool = saw brush spanner chisel needle file drill axe knife ruler spade rake shovel hook trowel whisk screwdriver
-  crowbar sieve pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack lever net pick pin plane
-  sponge vice wedge winch pulley
-adverb = slowly quietly carefully eagerly calmly bravely patiently cheerfully hopefully busily nervously politely wisely
-  happily gladly firmly gracefully stubbornly sensibly proudly solemnly dreamily promptly gently softly shyly boldly
-  kindly swiftly secretly earnestly faithfully briskly cleverly coolly daintily deftly fondly freely humbly keenly
-  merrily neatly nimbly readily silently smartly steadily tenderly warmly
-spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing statue table haystack wall woodpile willow
-  chestnut fountain signpost boulder birch pump trough henhouse greenhouse lilac lamppost thornbush stump scarecrow
-  birdbath sundial beehive maple hammock flagpole wheelbarrow
-state = rusty muddy dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly
-  stained spare sticky weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet
-  oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty drab
-junk = boot spoon bottle brick button comb fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble
-  tyre wheel chain doorknob colander cog anchor flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet
-  pulley tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop dish clog
-bag = bag pocket basket purse suitcase satchel rucksack backpack knapsack
-strap = strap handle string buckle clasp
-thief = magpie fox jackdaw monkey crow raccoon rat pirate goblin burglar
-toy/part = wagon/wheel bicycle/chain swing/seat boat/mast robot/arm umbrella/rib tent/pole doll/head puppet/leg
-  clock/spring piano/pedal windmill/blade guitar/neck kite/tail scooter/brake lamp/switch drum/skin dollhouse/roof
-  carousel/horse telescope/lens violin/bow wheelchair/brake
-beast = cow pig elephant goat bull sheep horse camel hippo walrus moose llama
-worker = carpenter blacksmith baker farmer fisherman tailor miller sailor painter plumber doctor postman potter cobbler
-  jeweller mechanic gardener builder miner shepherd captain librarian woodcutter locksmith juggler
-furniture = table wardrobe sofa cupboard bookcase desk stool armchair dresser cradle mattress bathtub stove shelf piano
-  fireplace sideboard hatstand
-room = attic cellar kitchen hall pantry bathroom garage workshop hallway laundry nursery parlour
-scary = hairy giant slimy fierce wicked horrible terrible frightening awful dreadful monstrous gigantic ghastly
-monster = dragon ghost ogre witch troll vampire wolf crocodile wizard spider robber python tiger skeleton
-feature = teeth eyes claws ears horns fangs feet wings toes whiskers eyebrows elbows spikes scales nostrils
-lamp = lamp candle lantern torch
-crept = crept tiptoed sneaked crawled
-container = bucket box jar pot tub bowl chest tin drawer pail barrel vase
-den = den nest burrow tunnel hut treehouse
-gem = diamonds rubies emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire jewels
-royal = king queen prince princess emperor knight duke
-asked = asked wondered enquired
-said = said replied answered whispered sighed murmured sniffed mumbled admitted groaned sobbed muttered
-beamed = said beamed smiled answered replied laughed explained declared chuckled grinned
-snapped = snapped shouted yelled cried growled hissed called screamed
-cried = cried shouted laughed cheered exclaimed sang squealed called yelled giggled
-hooray = Hooray Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb
-  Great Super Amazing
-shared = shared ate had
-called = called named
-size = big small wide long nasty secret
+wet = rain snow mud sun; gale = storm gale whirlwind hurricane blizzard breeze; hero/child/he/his/him =
+{girl}/girl/she/her/her {boy}/boy/he/his/him; girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella
+Elsie Emma Eva Fay Flora Gwen Hana Holly Ida Iris Isla Jane Jill Josie June Kate Kim Lena Lily Lola Lucy Mabel Maya Meg
+Mia Molly Nell Nina Nora Penny Polly Rosa Ruby Sally Sara Sofia Sue Tess Tina Una Vera Wendy Yara Zoe Zuri; boy = Adam
+Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian Ivan Jack
+Jake Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete Ravi Rob Sam
+Ted Theo Tim Tom Toby Victor Will Yusuf Zac; pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern
+Fidget Fluff Fudge Ginger Inky Jelly Maple Mitten Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle
+Pip Plum Raisin Rusty Scout Smudge Snowy Speck Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy
+Zippy; animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony
+donkey goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket
+weasel moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse
+gecko; trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet
+funny sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy
+jolly wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty
+chatty earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump
+quick rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany; look = crooked narrow mossy dark
+sunny ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious pleasant deserted crowded huge
+small large haunted cosy dreary secret remote popular bleak spotless wide tall cold unknown frosty snowy foggy dusty
+quaint colossal damp misty low vast windy leafy muddy private public sandy simple stately silvery stony ruined rosy
+royal draughty grim mighty wild lovely exotic rustic humble ugly odd; home = house cottage cabin farmhouse lighthouse
+windmill caravan tower bungalow hut mill inn barn houseboat castle tent palace lodge villa chalet mansion shed bakery
+treehouse igloo wigwam; near = near by beside behind; place = river orchard beach forest meadow lake market harbour
+station hill park pond library farm zoo island cave bridge field vineyard school church museum canal quarry marsh
+theatre airport circus waterfall playground village valley swamp mountain desert jungle hospital chapel monastery
+volcano glacier moor racetrack; weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly
+crisp mild glorious golden wet sweltering blustery bright dull fine humid hazy freezing scorching; daytime = morning
+afternoon Monday Tuesday Wednesday Thursday Friday Saturday Sunday; weekday = Monday Tuesday Wednesday Thursday Friday
+Saturday Sunday; relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher
+godmother stepfather nephew niece nanny; number = two three four five six seven eight; siblings = brothers sisters
+cousins goldfish hamsters hens sheep canaries ponies rabbits tortoises aunts uncles spaniels poodles geese cats dogs
+twins pigs owls mice goats nieces; loved = loved liked enjoyed; hobby = painting singing dancing swimming reading
+baking knitting drawing cycling fishing gardening sewing skating sailing juggling hiking acting cooking camping
+sledging stargazing rowing wrestling yodelling carving daydreaming exploring inventing counting humming gossiping
+weaving surfing skiing pottery chess hopscotch tennis football cricket golf ballet archery poetry hockey karate art
+darts drama history judo jokes maths music puppets riddles rugby science tag yoga; colour = red blue green purple
+orange pink brown black white violet turquoise crimson scarlet lilac maroon beige silver emerald striped spotted yellow
+tartan mauve bronze navy amber indigo coral ivory checked grey golden tan teal lime rose plum ruby khaki cream; garment
+= coat hat scarf jacket jumper cap cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan waistcoat
+hood tunic sash collar bandana kerchief nightcap overcoat robe parka anorak blazer turban headband belt pullover sunhat
+fleece jersey bow_tie; went = went walked ran hurried strolled wandered skipped marched raced cycled; thing/use =
+kite/fly drum/beat ball/bounce book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll puzzle/solve
+map/follow coin/spend marble/flick telescope/aim hammer/swing compass/consult clock/wind lamp/light umbrella/open
+mirror/polish jigsaw/finish guitar/strum balloon/hold locket/unlock medal/show necklace/admire torch/shine
+boomerang/throw scooter/ride wagon/pull rocket/launch trumpet/blow magnet/test pencil/sharpen camera/use basket/fill
+pillow/squeeze rattle/shake puppet/move sledge/steer carpet/unroll ladder/climb cup/drink_from chair/sit_on
+pen/write_with; quality = shiny little new bright tiny beautiful handsome polished precious splendid fancy dazzling
+glittering elegant pretty smooth lovely marvellous remarkable peculiar heavy rare sturdy colourful perfect strange
+foreign gorgeous charming wonderful unusual modern glossy wooden painted curious gleaming delicate exquisite fine dear
+neat magic costly jolly lucky special sparkly stylish superb valuable solid slender charmed clean; sad = sad upset
+gloomy worried miserable unhappy lonely glum troubled sorrowful tearful downcast anxious pale silent dejected mournful
+wretched fretful sulky forlorn wistful heartbroken flustered crestfallen melancholy cross bitter; treat = pancakes
+waffles soup toast honey jam biscuits porridge cherries plums pears strawberries raspberries blueberries noodles
+dumplings pies buns cookies doughnuts custard jelly pudding cheese popcorn nuts sandwiches tarts cakes lemonade cocoa
+milk juice tea cider bread butter salad rice beans sausages omelettes crackers pretzels peaches apricots raisins
+marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts gingerbread lasagne curry stew; taste = warm sweet
+fresh creamy fruity tasty cold yummy plain salty tangy rich chilled delicious homemade spicy leftover heavenly peppery
+minty lemony gingery smoky nutty honeyed buttery thin thick light dark bitter bland French Greek Italian Turkish
+Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour pale soft; stuff = glue string tape wire
+ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin foil canvas cork paste wood cloth paper
+silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud paint satin tweed twine yarn; tool = saw
+brush spanner chisel needle file drill axe knife ruler spade rake shovel hook trowel whisk screwdriver crowbar sieve
+pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack lever net pick pin plane sponge vice wedge
+winch pulley; adverb = slowly quietly carefully eagerly calmly bravely patiently cheerfully hopefully busily nervously
+politely wisely happily gladly firmly gracefully stubbornly sensibly proudly solemnly dreamily promptly gently softly
+shyly boldly kindly swiftly secretly earnestly faithfully briskly cleverly coolly daintily deftly fondly freely humbly
+keenly merrily neatly nimbly readily silently smartly steadily tenderly warmly; spot = barrel bench bush cart crate
+fence gate hedge log oak pine rock swing statue table haystack wall woodpile willow chestnut fountain signpost boulder
+birch pump trough henhouse greenhouse lilac lamppost thornbush stump scarecrow birdbath sundial beehive maple hammock
+flagpole wheelbarrow; state = rusty muddy dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy
+sandy sooty smelly stained spare sticky weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap
+wobbly dusty wet oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty drab; junk
+= boot spoon bottle brick button comb fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble tyre
+wheel chain doorknob colander cog anchor flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet pulley
+tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop dish clog; bag = bag pocket basket purse suitcase
+satchel rucksack backpack knapsack; strap = strap handle string buckle clasp; thief = magpie fox jackdaw monkey crow
+raccoon rat pirate goblin burglar; toy/part = wagon/wheel bicycle/chain swing/seat boat/mast robot/arm umbrella/rib
+tent/pole doll/head puppet/leg clock/spring piano/pedal windmill/blade guitar/neck kite/tail scooter/brake lamp/switch
+drum/skin dollhouse/roof carousel/horse telescope/lens violin/bow wheelchair/brake; beast = cow pig elephant goat bull
+sheep horse camel hippo walrus moose llama; worker = carpenter blacksmith baker farmer fisherman tailor miller sailor
+painter plumber doctor postman potter cobbler jeweller mechanic gardener builder miner shepherd captain librarian
+woodcutter locksmith juggler; furniture = table wardrobe sofa cupboard bookcase desk stool armchair dresser cradle
+mattress bathtub stove shelf piano fireplace sideboard hatstand; room = attic cellar kitchen hall pantry bathroom
+garage workshop hallway laundry nursery parlour; scary = hairy giant slimy fierce wicked horrible terrible frightening
+awful dreadful monstrous gigantic ghastly; monster = dragon ghost ogre witch troll vampire wolf crocodile wizard spider
+robber python tiger skeleton; feature = teeth eyes claws ears horns fangs feet wings toes whiskers eyebrows elbows
+spikes scales nostrils; lamp = lamp candle lantern torch; crept = crept tiptoed sneaked crawled; container = bucket box
+jar pot tub bowl chest tin drawer pail barrel vase; den = den nest burrow tunnel hut treehouse; gem = diamonds rubies
+emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire jewels; royal = king queen prince
+princess emperor knight duke; asked = asked wondered enquired; said = said replied answered whispered sighed murmured
+sniffed mumbled admitted groaned sobbed muttered; beamed = said beamed smiled answered replied laughed explained
+declared chuckled grinned; snapped = snapped shouted yelled cried growled hissed called screamed; cried = cried shouted
+laughed cheered exclaimed sang squealed called yelled giggled; hooray = Hooray Wonderful Hurrah Splendid Marvellous
+Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb Great Super Amazing; shared = shared ate had; size =
+big small wide long nasty secret;
 """
 
 
@@ -1008,12 +947,15 @@ STORY = (("", "story"),)  # where every derivation begins
 def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
     """Compile the grammar: the name in a slot -> (all columns drawn with it, rows, key of the rows already taken)."""
     lines = {}
-    for head, kind, body in re.findall(r"^(\S+?)(:| =)((?: .*\n)+)", GRAMMAR, re.M):
+    for head, body, word_head, words in re.findall(r"^([\w/]+):((?: .*\n)+)|([\w/]+)\s=\s([^;]+);", GRAMMAR, re.M):
+        if words:
+            lines[word_head] = [word.replace("_", " ") for word in words.split()]
+            continue
         body = " ".join(body.split())
-        while kind == ":" and (group := re.search(r"\(([^()]*)\)", body)):  # (x|y|) becomes a rule of its own
+        while group := re.search(r"\(([^()]*)\)", body):  # (x|y|) becomes a rule of its own
             lines[name := f"{len(lines)}~"] = group[1].split("|")
             body = f"{body[:group.start()]}{{{name}}}{body[group.end():]}"
-        lines[head] = body.split(" | ") if kind == ":" else [word.replace("_", " ") for word in body.split()]
+        lines[head] = body.split(" | ")
 
     def cell(text: str) -> Cell:
         pieces = re.split(r"\{(.*?)\}", text)
@@ -1120,8 +1062,8 @@ def story_nats(text: str) -> float:
 
 NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
 KINDS = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-UNITS += "seventeen eighteen nineteen".split()
+UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+         "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -1189,15 +1131,166 @@ TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/ma
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 DOWNLOADS = {  # dataset -> split -> (address, bytes of text)
-    "tinystories": {
-        "train": (TINYSTORIES + "train.txt", 2_227_753_162),
-        "val": (TINYSTORIES + "valid.txt", 22_502_601),
-    },
+    "tinystories": {"train": (TINYSTORIES + "train.txt", 2_227_753_162),
+                    "val": (TINYSTORIES + "valid.txt", 22_502_601)},
     "owt": {"train": (OWT + "train.txt.gz", 11_920_511_059), "val": (OWT + "valid.txt.gz", 289_998_753)},
     "shakespeare": {"all": (SHAKESPEARE, 1_115_394)},
 }
-DATASETS = (*DOWNLOADS, "stories", "arithmetic")
+GENERATORS = {"stories": stories, "arithmetic": arithmetic}
+DATASETS = (*DOWNLOADS, *GENERATORS)
 GENERATED_BYTES = 25_000_000  # of a built-in corpus, when data_bytes does not say
+
+
+def download(url: str, path: Path, *, first_bytes: int | None = None, expected_bytes: int | None = None,
+             timeout_s: float = 30.0) -> None:
+    """Fetch a file, or only its first bytes, going on where an earlier attempt broke off. Raises OSError.
+
+    What has come lies in <path>.part. It is renamed when it has all the bytes that the server announced, and the whole
+    file there must have expected_bytes.
+    """
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        have = before = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"User-Agent": "bpe.py"})
+        if have or first_bytes:
+            request.add_header("Range", f"bytes={have}-{first_bytes - 1 if first_bytes else ''}")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                if response.status == 206:  # Content-Range: bytes 100-199/1000
+                    whole = int(response.headers["Content-Range"].rpartition("/")[2])
+                else:  # this server knows no Range and sends everything from the beginning
+                    have, whole = 0, int(response.headers.get("Content-Length") or 0)
+                if whole == 0 or expected_bytes not in (None, whole):
+                    raise OSError(f"has {whole:,} bytes, not {expected_bytes or 'some'}")
+                total = min(first_bytes or whole, whole)
+                meter = Progress(f"loading {path.stem}", total)
+                with open(part, "ab" if have else "wb") as file:
+                    while have < total and (data := response.read(min(1 << 18, total - have))):
+                        have += file.write(data)
+                        meter.update(have)
+            if have == total:
+                os.replace(part, path)
+                return
+            problem: Any = f"broke off at {have / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+        except (OSError, http.client.HTTPException) as error:  # refused, silent too long, reset, no such page
+            problem = error
+            if getattr(error, "code", None) == 416 and have:  # nothing there behind what we have: not the same file
+                part.unlink()
+                continue
+        # as long as something comes, the next attempt goes on from there
+        if not part.exists() or part.stat().st_size <= before:
+            for name in ("reason", "reason", "strerror"):  # the bare words, without wrappers and numbers
+                problem = getattr(problem, name, None) or problem
+            raise OSError(f"{urllib.parse.urlsplit(url).hostname}: {problem}") from None
+
+
+def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
+    """One text of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
+    url, size = DOWNLOADS[dataset][split]
+    taken = data_bytes if data_bytes and data_bytes < size else None
+    fetched = path.with_suffix(".download")
+    if not url.endswith(".gz"):
+        download(url, fetched, first_bytes=taken, expected_bytes=size)
+    else:  # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
+        download(url, fetched, first_bytes=taken and taken // 2)
+    with (gzip.open if url.endswith(".gz") else open)(fetched, "rb") as source, write_atomically(path, "wb+") as target:
+        with contextlib.suppress(EOFError, gzip.BadGzipFile):  # the first part of a packed file ends anywhere
+            while data := source.read1(min(1 << 18, (taken or size + 1) - target.tell())):
+                target.write(data)
+        if not taken and target.tell() != size:
+            raise UserError(f"{url} holds {target.tell():,} bytes of text, not {size:,}: put your own at {path}")
+        if taken:
+            target.seek(max(0, target.tell() - 10_000_000))  # no document is longer
+            start, end = target.tell(), target.read().rfind(END_OF_TEXT.encode("ascii"))
+            if end < 0:
+                raise UserError(f"{url} has no {END_OF_TEXT} in its first {taken:,} bytes: take more --data_bytes")
+            target.truncate(start + end + len(END_OF_TEXT))
+    fetched.unlink()
+
+
+def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> None:
+    """The first 90 % of a text for training, the rest for validation, cut at the end of a document if there is one."""
+    for chunk in chunks_of(source, [END_OF_TEXT], CHUNK_BYTES):
+        read_text(source, *chunk)  # says where the text is not UTF-8 before anything is written
+    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+
+        def character(place: int) -> int:  # the next place that is not within one
+            while place < len(data) and data[place] & 0xC0 == 0x80:
+                place += 1
+            return place
+
+        size, mark = character(min(len(data), data_bytes or len(data))), END_OF_TEXT.encode("ascii")
+        cut = int(size * 0.9)
+        ends = (data.find(mark, cut, size - len(mark)), data.rfind(mark, 0, cut))  # the next end, else the last
+        cut = next((end + len(mark) for end in ends if end >= 0), character(cut))
+        for path, start, end in ((train, 0, cut), (val, cut, size)):
+            with write_atomically(path, "wb") as target:
+                target.write(memoryview(data)[start:end])
+
+
+def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
+    """Some documents of a built-in corpus, each with END_OF_TEXT behind it and nothing else."""
+    texts = itertools.islice(GENERATORS[dataset](seed, first), count)
+    return "".join(text + END_OF_TEXT for text in texts).encode("utf-8")
+
+
+def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None) -> None:
+    """Documents 0, 1, 2, ... until num_bytes are reached; the same text for any number of workers."""
+    blocks = [(seed, first, 1000) for first in range(0, num_bytes // 60 + 1, 1000)]  # none has less than 60 bytes
+    meter, mark = Progress(f"generating {path.name}", num_bytes), END_OF_TEXT.encode("ascii")
+    results = parallel_map(generate_block, dataset, blocks, num_workers if num_bytes > 2_000_000 else 1)
+    with write_atomically(path, "wb") as file, contextlib.closing(results):
+        while (missing := num_bytes - file.tell()) > 0:
+            block = next(results)
+            if len(block) > missing:
+                block = block[: block.index(mark, max(0, missing - len(mark))) + len(mark)]
+            file.write(block)
+            meter.update(file.tell())
+
+
+def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
+    """See that train.txt and val.txt are in the folder, made from what is asked for. Raises OSError without a network.
+
+    source.json, written last, says what they were made from; without it they are somebody's own and used as they are.
+    """
+    train, val, record = folder / "train.txt", folder / "val.txt", folder / "source.json"
+    wanted: dict[str, Any] = {"dataset": dataset, "data_bytes": data_bytes}
+    if dataset in GENERATORS:
+        sample = hashlib.sha256(generate_block(dataset, 0, 0, 20)).hexdigest()  # another generator, another text
+        wanted |= {"data_bytes": data_bytes or GENERATED_BYTES, "sample": sample}
+    elif dataset not in DOWNLOADS:
+        text_size(dataset)
+        wanted |= {"dataset": str(Path(dataset).resolve()), **file_identity(Path(dataset))}
+    made, splits = read_json(record), DOWNLOADS.get(dataset, {})
+    enough = made == wanted or "train" in splits and (made.get("data_bytes") or math.inf) >= (data_bytes or math.inf)
+    if train.exists() and val.exists() and (enough or not made):
+        say(f"data: found {train}, {train.stat().st_size / 1e6:,.1f} MB")
+        return
+    amount = f"the first {data_bytes / 1e6:,.0f} MB" if data_bytes else "all"
+    if "train" in splits:  # what is there stays until the new has come
+        say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
+        if not val.exists():
+            download_text(dataset, "val", val, None)
+        if made or not train.exists():
+            download_text(dataset, "train", train, data_bytes)
+        write_json(record, wanted)
+        return
+    source = Path(dataset)
+    if dataset in GENERATORS:
+        say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
+    else:
+        say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
+        if splits:
+            source = folder / "input.txt"
+            download_text(dataset, "all", source, None)
+    val.unlink(missing_ok=True)  # comes last: a run that is interrupted leaves none, and the next one begins anew
+    if dataset in GENERATORS:
+        generate_text(dataset, 0, train, wanted["data_bytes"], num_workers)
+        generate_text(dataset, 1, val, min(1_000_000, wanted["data_bytes"] // 10), num_workers)
+    else:
+        split_text(source, train, val, data_bytes)
+    write_json(record, wanted)
 
 
 class Prepared(NamedTuple):
@@ -1209,178 +1302,9 @@ class Prepared(NamedTuple):
     tokenizer_dir: Path
 
 
-def download(
-    url: str, path: Path, *, first_bytes: int | None = None, expected_bytes: int | None = None, timeout_s: float = 30.0
-) -> None:
-    """Fetch a file, or only its first bytes, going on where an earlier attempt broke off. Raises OSError.
-
-    What has come lies in <path>.part. It is renamed when it has all the bytes that the server announced, and the whole
-    file there must have expected_bytes.
-    """
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    if first_bytes and part.stat().st_size > first_bytes:
-        os.truncate(part, first_bytes)
-    while True:
-        have = before = part.stat().st_size
-        request = urllib.request.Request(url, headers={"User-Agent": "bpe.py"})
-        if have or first_bytes:
-            request.add_header("Range", f"bytes={have}-{first_bytes - 1 if first_bytes else ''}")
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                if response.status == 206:  # Content-Range: bytes 100-199/1000
-                    whole = int(response.headers["Content-Range"].rpartition("/")[2])
-                else:  # this server knows no Range and sends everything from the beginning
-                    have, whole = 0, int(response.headers.get("Content-Length") or 0)
-                if whole == 0 or expected_bytes not in (None, whole):
-                    raise OSError(f"the file there has {whole or 'no'} bytes instead of {expected_bytes or 'some'}")
-                total = min(first_bytes or whole, whole)
-                meter = Progress(f"loading {path.stem}", total)
-                with open(part, "ab" if have else "wb") as file:
-                    while have < total and (data := response.read(min(1 << 18, total - have))):
-                        file.write(data)
-                        have += len(data)
-                        meter.update(have)
-                meter.close()
-            if have == total:
-                os.replace(part, path)
-                return
-            reason = f"the connection broke off after {have:,} of {total:,} bytes"
-        except (OSError, http.client.HTTPException) as error:  # refused, silent too long, reset, no such page
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise UserError(f"no space is left for {path}: make room, then run again") from None
-            if getattr(error, "code", None) == 416 and have:  # nothing there behind what we have: not the same file
-                os.truncate(part, 0)
-                continue
-            reason = str(getattr(error, "reason", None) or error)
-        if part.stat().st_size <= before:  # as long as something comes, the next attempt goes on from there
-            if not part.stat().st_size:
-                part.unlink()
-            raise OSError(f"{url}: {reason}")
-
-
-def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
-    """One file of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
-    url, whole = DOWNLOADS[dataset][split]
-    taken = data_bytes if data_bytes and data_bytes < whole else None
-    fetched = path.with_name(path.name + (".gz" if url.endswith(".gz") else ".whole"))
-    if url.endswith(".gz"):
-        # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
-        download(url, fetched, first_bytes=taken and taken // 2)
-        packed, fetched, room = fetched, path.with_name(path.name + ".whole"), taken or whole + 1
-        with gzip.open(packed) as source, open(fetched, "wb") as target, contextlib.suppress(EOFError, zlib.error):
-            while target.tell() < room and (data := source.read1(1 << 18)):  # a part ends anywhere
-                target.write(data[: room - target.tell()])
-        packed.unlink()
-    else:
-        download(url, fetched, first_bytes=taken, expected_bytes=whole)
-    size = fetched.stat().st_size
-    if size == 0 or (not taken and size != whole):
-        raise OSError(f"{url}: {size:,} bytes of text instead of {taken or whole:,}")
-    if taken:
-        with open(fetched, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            end = data.rfind(END_OF_TEXT.encode("ascii"))
-        if end < 0:
-            raise OSError(f"{url}: no {END_OF_TEXT} in it, so this is not the text expected")
-        os.truncate(fetched, end + len(END_OF_TEXT))
-    os.replace(fetched, path)
-
-
-def split_text(source: Path, folder: Path, data_bytes: int | None) -> None:
-    """The first 90 % of a text become train.txt, the rest val.txt, cut at the end of a document where there is one."""
-    for chunk in chunks_of(source, [END_OF_TEXT], CHUNK_BYTES):
-        read_text(source, *chunk)  # says where the text is not UTF-8 before anything is written
-    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        size, mark = min(len(data), data_bytes or len(data)), END_OF_TEXT.encode("ascii")
-        cut = int(size * 0.9)
-        ends = (data.find(mark, cut, size - len(mark)), data.rfind(mark, 0, cut))  # the next end, else the last
-        cut = next((end + len(mark) for end in ends if end >= 0), cut)
-        for name, start, end in (("train.txt", 0, cut), ("val.txt", cut, size)):
-            while end < len(data) and data[end] & 0xC0 == 0x80:  # not within a character
-                end += 1
-            while start < end and data[start] & 0xC0 == 0x80:
-                start += 1
-            with write_atomically(folder / name, "wb") as target:
-                for offset in range(start, end, 1 << 20):
-                    target.write(data[offset : min(offset + (1 << 20), end)])
-
-
-def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
-    """Some documents of a built-in corpus, each with END_OF_TEXT behind it and nothing else."""
-    generator = stories if dataset == "stories" else arithmetic
-    return "".join(text + END_OF_TEXT for text in itertools.islice(generator(seed, first), count)).encode("utf-8")
-
-
-def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None) -> None:
-    """Documents 0, 1, 2, ... until num_bytes are reached; the same text for any number of workers."""
-    blocks = ((seed, first, 1000) for first in itertools.count(0, 1000))
-    meter, mark = Progress(f"generating {path.name}", num_bytes), END_OF_TEXT.encode("ascii")
-    results = parallel_map(generate_block, dataset, blocks, workers_for(num_bytes // 1_000_000, num_workers))
-    with write_atomically(path, "wb") as file, contextlib.closing(results):
-        for block in results:
-            missing = num_bytes - file.tell()
-            if len(block) >= missing:
-                file.write(block[: block.index(mark, max(0, missing - len(mark))) + len(mark)])
-                break
-            file.write(block)
-            meter.update(file.tell())
-    meter.close()
-
-
-def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
-    """See that train.txt and val.txt are in the folder, made from what is asked for.
-
-    source.json, written last, says what they were made from; without it they are somebody's own and used as they are.
-    """
-    record, texts = folder / "source.json", {split: folder / f"{split}.txt" for split in ("train", "val")}
-    generated, loaded = dataset in ("stories", "arithmetic"), dataset in ("tinystories", "owt")
-    wanted: dict[str, Any] = {"dataset": dataset, "data_bytes": data_bytes}
-    if generated:
-        sample = hashlib.sha256(generate_block(dataset, 0, 0, 20)).hexdigest()  # another generator, another text
-        wanted |= {"data_bytes": data_bytes or GENERATED_BYTES, "sample": sample}
-    elif dataset not in DOWNLOADS:
-        text_size(dataset)
-        wanted |= {"dataset": str(Path(dataset).resolve()), **file_identity(Path(dataset))}
-    made = read_json(record)
-    if loaded and made:  # what was downloaded serves whoever wants as much or less
-        enough = made["data_bytes"] is None or (data_bytes is not None and data_bytes <= made["data_bytes"])
-        wanted = made if enough else wanted
-    stale = bool(made) and made != wanted
-    if not stale and all(path.exists() for path in texts.values()):
-        say(f"data: found {texts['train']}, {texts['train'].stat().st_size / 1e6:,.1f} MB")
-        return
-    if stale and not loaded:  # a download may fail, and then the older one is better than none
-        for path in (record, *texts.values()):
-            path.unlink(missing_ok=True)
-    amount = f"the first {data_bytes / 1e6:,.0f} MB" if data_bytes else "all"
-    if generated:
-        say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
-        generate_text(dataset, 0, texts["train"], wanted["data_bytes"], num_workers)
-        generate_text(dataset, 1, texts["val"], min(1_000_000, wanted["data_bytes"] // 10), num_workers)
-        write_json(record, wanted)
-    elif loaded:
-        say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
-        for split, path in texts.items():
-            if not path.exists() or (stale and split == "train"):
-                download_text(dataset, split, path, data_bytes if split == "train" else None)
-                if split == "train":
-                    write_json(record, wanted)
-    else:
-        say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
-        source = Path(dataset)
-        if dataset in DOWNLOADS:
-            source = folder / "input.txt"
-            download_text(dataset, "all", source, None)
-        split_text(source, folder, data_bytes)
-        write_json(record, wanted)
-
-
-def prepare(
-    dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
-    data_dir: str | os.PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
-    say: Callable[[str], None] = print,
-) -> Prepared:
+def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
+            data_dir: PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
+            say: Callable[[str], None] = print) -> Prepared:
     """From a corpus's name, or a text file's path, to token arrays. Runs what is missing, with one line for each stage.
 
     data_bytes: how much training text; None is all there is, or GENERATED_BYTES of a built-in corpus. Text lies in
@@ -1388,46 +1312,45 @@ def prepare(
     becomes "stories"; whatever else cannot be had raises UserError.
     """
     num_merges_for(vocab_size, special_tokens)
-    name = dataset if dataset in DATASETS else Path(dataset).stem
+    name = dataset
     if dataset not in DATASETS:
         if not Path(dataset).suffix and not Path(dataset).exists():
             raise UserError(f"unknown dataset {dataset!r}: use {', '.join(DATASETS)} or the path of a text file")
-        name += "-file" if name in DATASETS else ""
+        name = Path(dataset).stem + ("-file" if Path(dataset).stem in DATASETS else "")
     folder = Path(data_dir) / name
+    texts, tokenizer_dir = [folder / "train.txt", folder / "val.txt"], folder / f"bpe{vocab_size}"
     try:
         make_texts(dataset, folder, data_bytes, num_workers, say)
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing has come
-        if (folder / "train.txt").exists() and (folder / "val.txt").exists():
-            say(f"data: more of {dataset} could not be downloaded ({error}), so what is in {folder} is used")
+        if all(path.exists() for path in texts):
+            say(f"data: cannot download more {dataset} ({error}): using what is in {folder}")
         elif dataset == "tinystories":
-            say(f"data: tinystories could not be downloaded ({error}), so the built-in stories take its place")
-            amount = min(data_bytes or GENERATED_BYTES, GENERATED_BYTES)
-            options = {"data_dir": data_dir, "data_bytes": amount, "num_workers": num_workers, "say": say}
-            return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, **options)
+            say(f"data: cannot download tinystories ({error}): built-in stories instead")
+            return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, data_dir=data_dir,
+                           data_bytes=data_bytes and min(data_bytes, GENERATED_BYTES), num_workers=num_workers, say=say)
         else:
-            raise UserError(f"{dataset} cannot be had ({error}): put it at {folder}/train.txt and val.txt") from None
+            raise UserError(f"cannot download {dataset} ({error}): put it at {folder}/train.txt and val.txt") from None
 
-    train_text, val_text, tokenizer_dir = folder / "train.txt", folder / "val.txt", folder / f"bpe{vocab_size}"
     record, seconds = tokenizer_dir / "training.json", {}
-    wanted = {"special_tokens": [*special_tokens], "text": file_identity(train_text)}
+    wanted = {"special_tokens": [*special_tokens], "text": file_identity(texts[0])}
     if not (wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists()):
-        say(f"tokenizer: training {vocab_size:,} tokens on {train_text}")
+        say(f"tokenizer: training {vocab_size:,} tokens on {texts[0]}")
         record.unlink(missing_ok=True)
-        options = {"num_workers": num_workers, "cache_dir": folder / "cache", "progress": True, "seconds": seconds}
-        vocab, merges = train_bpe(train_text, vocab_size, special_tokens, **options)
+        vocab, merges = train_bpe(texts[0], vocab_size, special_tokens, num_workers=num_workers, progress=True,
+                                  cache_dir=folder / "cache", seconds=seconds)
         Tokenizer(vocab, merges, special_tokens).save(tokenizer_dir)
         write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()})
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    for text in (train_text, val_text):
-        npy = tokenizer_dir / f"{text.stem}.npy"
+    tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
+    for text, npy in zip(texts, arrays):
+        sidecar = npy.with_suffix(".json")
         wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
-        if not (npy.exists() and wanted.items() <= read_json(npy.with_suffix(".json")).items()):
-            count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
-            size, speed = (read_json(npy.with_suffix(".json"))[key] for key in ("bytes_per_token", "tokens_per_second"))
-            say(f"tokens: {npy}, {count:,} tokens of {size:.2f} bytes, {speed:,.0f} a second")
-    return Prepared(name, train_text, val_text, tokenizer_dir / "train.npy", tokenizer_dir / "val.npy", tokenizer_dir)
+        if not (npy.exists() and wanted.items() <= read_json(sidecar).items()):
+            count, facts = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True), read_json(sidecar)
+            speed = f"{facts['bytes_per_token']:.2f} bytes, {facts['tokens_per_second']:,.0f} a second"
+            say(f"tokens: {npy}, {count:,} tokens of {speed}")
+    return Prepared(name, *texts, *arrays, tokenizer_dir)
 
 
 # --- 11. The command line ---
@@ -1444,8 +1367,7 @@ def peak_memory_bytes() -> int:
 
 def library_sources() -> bytes:
     """A text that is present everywhere: the modules of Python's own library."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in paths)
+    return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
 
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
@@ -1471,18 +1393,18 @@ def pieces_of(tokenizer: Tokenizer, text: str) -> str:
     """The pieces of a text and their ids; bytes are written as in vocab.json, where a space is visible."""
     ids, character = tokenizer.encode(text), printable_bytes()
     pieces = ["".join(character[byte] for byte in tokenizer.vocab[token_id]) for token_id in ids]
-    return "\n".join([f"{len(ids)} tokens: {'|'.join(pieces)}", " ".join(map(str, ids))])
+    return f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}"
 
 
 def report(data_dir: Path) -> str:
     """Every tokenizer at hand on 10 documents of every corpus at hand."""
     folders = sorted(path.parent for path in data_dir.glob("*/bpe*/tokenizer.json"))
+    if not folders:
+        raise UserError(f"no tokenizer lies under {data_dir}/: python train.py --dataset stories makes one")
     corpora = {}
     for path in sorted(data_dir.glob("*/val.txt")):
         with open(path, "rb") as file:
             corpora[path.parent.name] = file.read(1_000_000).decode("utf-8", errors="ignore").split(END_OF_TEXT)[:10]
-    if not folders:
-        raise UserError(f"no tokenizer lies under {data_dir}/: python train.py --dataset stories makes one")
     lines = [f"{'tokenizer':<24} {'tokens':>8} {'training':>9} {'memory':>9} {'slowest':>9}  longest token"]
     names = "".join(f" {name[:12]:>12}" for name in corpora)
     table = [f"{'bytes per token':<24}{names}     MB/s  hours for 825 GB"]
@@ -1490,19 +1412,17 @@ def report(data_dir: Path) -> str:
         tokenizer, facts = Tokenizer.load(folder), read_json(folder / "training.json")
         name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
         training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
-        slowest = max(seconds, key=lambda stage: seconds[stage])
         longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
+        slowest = max(seconds, key=lambda stage: seconds[stage])
         lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
-        ratios = [
-            len("".join(texts).encode("utf-8")) / max(1, sum(len(tokenizer.encode(text)) for text in texts))
-            for texts in corpora.values()
-        ]
+        cells = ""
+        for texts in corpora.values():
+            tokens = sum(len(tokenizer.encode(text)) for text in texts)
+            cells += f" {len(''.join(texts).encode('utf-8')) / max(1, tokens):12.2f}"
         path = folder.parent / "train.txt"
-        text = read_text(path, *chunks_of(path, [END_OF_TEXT], CHUNK_BYTES)[0])
-        started = time.perf_counter()
+        text, started = read_text(path, *chunks_of(path, [END_OF_TEXT], CHUNK_BYTES)[0]), time.perf_counter()
         tokenizer.encode(text)
         rate = len(text.encode("utf-8")) / (time.perf_counter() - started)
-        cells = "".join(f" {ratio:12.2f}" for ratio in ratios)
         table.append(f"{name:<24}{cells} {rate / 1e6:8.1f}  {825e9 / rate / 3600:16,.0f}")
     return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
 
