@@ -737,10 +737,8 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer, *, context_length: int
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {npy_path} ({error}): {again}") from None
-    if facts.get("tokenizer_hash") != tokenizer.hash():
-        raise UserError(f"{npy_path} was not encoded with this tokenizer: {again}")
-    if tokens.shape != (facts["tokens"],):
-        raise UserError(f"{npy_path} has {tokens.size:,} tokens where {facts['tokens']:,} were written: {again}")
+    if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts["tokens"],):
+        raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     if len(tokens) <= context_length:
         raise UserError(f"{npy_path} has {len(tokens):,} tokens, too few for a context of {context_length:,}: add text")
     return tokens
@@ -977,9 +975,8 @@ def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
 
 def _say(form: str, word: str) -> str:
     """The word as the slot wants it: with its article (form a), with a capital letter (form A), or as it is."""
-    if form == "a":
-        return ("an " if word[0] in "aeiou" else "a ") + word
-    return word[0].upper() + word[1:] if form == "A" else word
+    articled = ("an " if word[0] in "aeiou" else "a ") + word if form == "a" else word
+    return articled[0].upper() + articled[1:] if form == "A" else articled
 
 
 def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, float]:
@@ -1263,16 +1260,17 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
         text_size(dataset)
         wanted |= {"dataset": str(Path(dataset).resolve()), **file_identity(Path(dataset))}
     made, splits = read_json(record), DOWNLOADS.get(dataset, {})
-    enough = made == wanted or "train" in splits and (made.get("data_bytes") or math.inf) >= (data_bytes or math.inf)
-    if train.exists() and val.exists() and (enough or not made):
+    more_than_wanted = "train" in splits and (made.get("data_bytes") or math.inf) >= (data_bytes or math.inf)
+    enough = train.exists() and (not made or made == wanted or more_than_wanted)
+    if enough and val.exists():
         say(f"data: found {train}, {train.stat().st_size / 1e6:,.1f} MB")
         return
-    amount = f"the first {data_bytes / 1e6:,.0f} MB" if data_bytes else "all"
+    amount = f"the first {data_bytes / 1e6:,.1f} MB" if data_bytes else "all"
     if "train" in splits:  # what is there stays until the new has come
         say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
         if not val.exists():
             download_text(dataset, "val", val, None)
-        if made or not train.exists():
+        if not enough:
             download_text(dataset, "train", train, data_bytes)
         write_json(record, wanted)
         return

@@ -524,7 +524,7 @@ def test_token_arrays(tmp_path, tokenizer):
     with pytest.raises(UserError, match="cannot read"):
         load_tokens(tmp_path / "x.npy", wide)
     np.save(tmp_path / "x.npy", np.arange(7))
-    with pytest.raises(UserError, match=f"has 7 tokens where {count:,} were written"):
+    with pytest.raises(UserError, match="not encoded with this tokenizer, or is damaged"):
         load_tokens(tmp_path / "x.npy", wide)
     with pytest.raises(UserError, match="cannot read"):
         load_tokens(tmp_path / "nowhere.npy", wide)
