@@ -729,8 +729,8 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
     return count
 
 
-def load_tokens(npy_path: PathLike, tokenizer: Tokenizer, *, context_length: int = 0) -> np.ndarray:
-    """Open an array of encode_file without reading it, after a look at whose ids they are and whether they suffice."""
+def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
+    """Open an array of encode_file without reading it, after a look at whose ids they are."""
     npy_path = Path(npy_path)
     facts, again = read_json(npy_path.with_suffix(".json")), f"remove {npy_path} and prepare the data again"
     try:
@@ -739,8 +739,6 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer, *, context_length: int
         raise UserError(f"cannot read {npy_path} ({error}): {again}") from None
     if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts["tokens"],):
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
-    if len(tokens) <= context_length:
-        raise UserError(f"{npy_path} has {len(tokens):,} tokens, too few for a context of {context_length:,}: add text")
     return tokens
 
 

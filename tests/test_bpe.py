@@ -510,13 +510,11 @@ def test_token_arrays(tmp_path, tokenizer):
     full = Tokenizer(tokenizer.vocab | {65_535: b"<|wide|>"}, tokenizer.merges, [END_OF_TEXT])
     for mine, dtype in ((tokenizer, np.uint16), (full, np.uint16), (wide, np.uint32)):
         count = encode_file(mine, path, tmp_path / "x.npy")
-        tokens = load_tokens(tmp_path / "x.npy", mine, context_length=256)
+        tokens = load_tokens(tmp_path / "x.npy", mine)
         assert isinstance(tokens, np.memmap) and tokens.dtype == dtype, f"{type(tokens)} {tokens.dtype}"
         assert tokens.tolist() == mine.encode(text) and len(tokens) == count, f"{count}"
     facts = json.loads((tmp_path / "x.json").read_text())
     assert (facts["tokens"], facts["vocab_size"], facts["source"]["file"]) == (count, 65_537, "text.txt"), f"{facts}"
-    with pytest.raises(UserError, match="too few for a context of 1,000,000"):
-        load_tokens(tmp_path / "x.npy", wide, context_length=1_000_000)
     with pytest.raises(UserError, match="not encoded with this tokenizer"):
         load_tokens(tmp_path / "x.npy", tokenizer)
     with open(tmp_path / "x.npy", "r+b") as file:
