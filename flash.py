@@ -47,10 +47,8 @@ PADDING_SEGMENT_ID = -1
 # --- 1. The rule: who sees whom ---
 
 
-def visible(
-    q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = None, k_ids: Tensor | None = None, *,
-    causal: bool = True, window: int | None = None,
-) -> Tensor:
+def visible(q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = None, k_ids: Tensor | None = None, *,
+            causal: bool = True, window: int | None = None) -> Tensor:
     """The only mask rule of this file: (..., T) and (..., S) to a bool (..., T, S), True where the query sees the key.
 
     A query sees a key of its own segment (ids are compared as they are, -1 is padding and sees nothing), at its own
@@ -98,11 +96,9 @@ class MaskRule(NamedTuple):
                        window=self.window)
 
 
-def mask_rule(
-    q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
-    kv_segment_ids: Tensor | None = None, positions: Tensor | None = None, kv_positions: Tensor | None = None,
-    window: int | None = None,
-) -> MaskRule:
+def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
+              kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
+              kv_positions: Tensor | None = None, window: int | None = None) -> MaskRule:
     """Check and complete the mask arguments of `flash_attention` for q (B, H, T, D) and k (B, G, S, D)."""
     (B, T), S = (q.shape[0], q.shape[2]), k.shape[2]
 
@@ -134,9 +130,8 @@ def mask_rule(
                     rows("segment_ids", segment_ids, T), rows("kv_segment_ids", kv_segment_ids, S))
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dtype: torch.dtype = torch.float32, **mask_args,
-) -> tuple[Tensor, Tensor]:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
+                        dtype: torch.dtype = torch.float32, **mask_args) -> tuple[Tensor, Tensor]:
     """The definition, differentiable, in float32 or float64: out (B, H, T, Dv) and log-sum-exp L (B, H, T).
 
     mask_args are those of `mask_rule`: causal, segment_ids, kv_segment_ids, positions, kv_positions, window.
@@ -200,20 +195,29 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
 # --- 2. The same, tile by tile ---
 
 
-def tiles_forward(
-    q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, q_tile: int = 128, k_tile: int = 128,
-) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """Room for out (B, H, T, Dv), stored as (B, T, H, Dv) so that joining heads is free, and for L (B, H, T)."""
+    (B, H, T, _), dtype = q.shape, torch.float64 if q.dtype == torch.float64 else torch.float32
+    return v.new_empty(B, T, H, v.shape[-1]).transpose(1, 2), q.new_empty(B, H, T, dtype=dtype)
+
+
+def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Room for dQ, dK and dV, stored in the same order as out."""
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
+
+
+def tiles_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, q_tile: int, k_tile: int
+                  ) -> tuple[Tensor, Tensor]:
     """FlashAttention-2, Algorithm 1, in plain PyTorch: out (B, H, T, Dv) and L (B, H, T), never a (T, S) matrix.
 
     It saves the memory, not the time: the tiles are the point, and the Triton kernels below do the same steps.
     """
-    (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, L = empty_heads(v, H, T), q.new_empty(B, H, T, dtype=dtype)
+    (_, H, T, _), (G, S) = q.shape, k.shape[1:3]
+    out, L = empty_results(q, k, v)
     q, k, v = q.unflatten(1, (G, H // G)), k[:, :, None], v[:, :, None]  # (B, G, H/G, T, D), (B, G, 1, S, D or Dv)
     for q_start in range(0, T, q_tile):
         rows = slice(q_start, q_start + q_tile)
-        q_part = q[..., rows, :].to(dtype)  # (B, G, H/G, t, D)
+        q_part = q[..., rows, :].to(L.dtype)  # (B, G, H/G, t, D)
         m = torch.full_like(q_part[..., 0], -torch.inf)  # (B, G, H/G, t)
         total, acc = torch.zeros_like(m), q_part.new_zeros(*m.shape, v.shape[-1])
         for k_start in range(0, S, k_tile):
@@ -221,14 +225,14 @@ def tiles_forward(
             mask = rule.part(rows, columns, T, S, q.device)[:, None, None]  # (B, 1, 1, t, s)
             if not mask.any():
                 continue
-            scores = scale * q_part @ k[..., columns, :].to(dtype).mT  # (B, G, H/G, t, s)
+            scores = scale * q_part @ k[..., columns, :].to(L.dtype).mT  # (B, G, H/G, t, s)
             scores = scores.masked_fill(~mask, -torch.inf)
             m_new = torch.maximum(m, scores.amax(-1))
             # subtle: a row that has seen nothing yet has m = -inf, and -inf - (-inf) is NaN; subtract 0 there.
             m_finite = m_new.masked_fill(m_new == -torch.inf, 0)
             p, decay = torch.exp(scores - m_finite[..., None]), torch.exp(m - m_finite)
             total = total * decay + p.sum(-1)
-            acc = acc * decay[..., None] + p @ v[..., columns, :].to(dtype)  # (B, G, H/G, t, Dv)
+            acc = acc * decay[..., None] + p @ v[..., columns, :].to(L.dtype)  # (B, G, H/G, t, Dv)
             m = m_new
         total = total.masked_fill(total == 0, 1)  # blind rows: out = 0 / 1, L = -inf + log 1
         out[:, :, rows] = (acc / total[..., None]).flatten(1, 2).to(out.dtype)
@@ -236,18 +240,16 @@ def tiles_forward(
     return out, L
 
 
-def tiles_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule, scale: float,
-    q_tile: int = 128, k_tile: int = 128,
-) -> tuple[Tensor, Tensor, Tensor]:
+def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
+                   scale: float, q_tile: int, k_tile: int) -> tuple[Tensor, ...]:
     """dQ, dK, dV by recomputation (FlashAttention-2, Algorithm 2): every tile of probabilities is rebuilt from L.
 
     With p = exp(score - L) and out = p v:   dv = p^T dout,   dp = dout v^T,   dscore = p * (dp - delta),
     where delta = sum_s p dp = rowsum(out * dout), the part of softmax's gradient that makes its rows sum to 0.
     """
     (_, H, T, _), (G, S) = q.shape, k.shape[1:3]
-    heads, inputs = (G, H // G), (q, k, v)
-    q, out, L, grad_out = (x.unflatten(1, heads).to(L.dtype) for x in (q, out, L, grad_out))  # (B, G, H/G, T, ...)
+    grads = empty_gradients(q, k, v)
+    q, out, L, grad_out = (x.unflatten(1, (G, H // G)).to(L.dtype) for x in (q, out, L, grad_out))  # (B, G, H/G, T..)
     k, v = k[:, :, None].to(L.dtype), v[:, :, None].to(L.dtype)  # (B, G, 1, S, D), (B, G, 1, S, Dv)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (out * grad_out).sum(-1)  # (B, G, H/G, T)
@@ -267,23 +269,14 @@ def tiles_backward(
             dq[..., rows, :] += scale * dscores @ k_part
             dk[..., columns, :] += scale * (dscores.mT @ q_part).sum(2, keepdim=True)  # heads that share a key add up
             dv[..., columns, :] += (p.mT @ grad_part).sum(2, keepdim=True)
-    grads = dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0]
-    return tuple(empty_heads(x, x.shape[1], x.shape[2]).copy_(grad) for x, grad in zip(inputs, grads))
-
-
-def empty_heads(like: Tensor, heads: int, length: int, head_dim: int | None = None) -> Tensor:
-    """An empty (B, heads, length, head_dim) stored as (B, length, heads, head_dim), so that joining heads is free."""
-    shape = like.shape[0], length, heads, like.shape[-1] if head_dim is None else head_dim
-    return like.new_empty(shape).transpose(1, 2)  # (B, H, T, D)
+    return tuple(room.copy_(x) for room, x in zip(grads, (dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0])))
 
 
 # --- 3. Which tiles can be skipped ---
 
 
-def tile_bounds(
-    rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int, *, by_key: bool = False,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int, *, by_key: bool = False,
+                device: torch.device | str = "cpu") -> Tensor:
     """Where each row of tiles of the (T, S) matrix begins and ends: int32 (B or 1, tiles, 4), from tile extremes only.
 
     One row holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped,
@@ -340,13 +333,10 @@ def plain_bounds(causal: bool, window: int | None, *args, **kwargs) -> Tensor:
         return tile_bounds(MaskRule(causal, window, None, None, None, None), *args, **kwargs)
 
 
-def mask_picture(rule: MaskRule, q_len: int, k_len: int, tile: int, row: int = 0) -> str:
-    """One character a tile for one row of the batch: blank skipped, light computed with the mask, solid without."""
-    lines = []
-    device = "cpu" if rule.q_ids is None else rule.q_ids.device
-    for low, full_low, full_high, high in tile_bounds(rule, q_len, k_len, tile, tile, device=device)[row].tolist():
-        lines.append(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high))
-    return "\n".join(lines)
+def mask_picture(bounds: Tensor) -> str:
+    """One character for each tile of the batch's first row: blank skipped, ░ computed with the mask, █ without."""
+    return "\n".join(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high)
+                     for low, full_low, full_high, high in bounds[0].tolist())
 
 
 # --- 4. The kernels in Triton: forward ---
@@ -357,9 +347,7 @@ def mask_picture(rule: MaskRule, q_len: int, k_len: int, tile: int, row: int = 0
 # has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
 
 
-def jit(function):
-    """triton.jit where Triton is installed."""
-    return function if triton is None else triton.jit(function)
+jit = triton.jit if triton else lambda function: function  # without Triton nobody calls them
 
 
 @jit
@@ -400,14 +388,12 @@ def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, 
 
 
 @jit
-def forward_kernel(
-    q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    heads, q_len, k_len, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
-):
+def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+                   q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                   out_batch, out_head, out_row, heads, q_len, k_len, scale_log2,
+                   GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
+                   PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """out and L of one tile of queries: the same steps as `tiles_forward`."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most keys: the longest work starts first
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -451,14 +437,12 @@ def forward_kernel(
 
 
 @jit
-def dq_kernel(
-    q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, heads, q_len, k_len, scale, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
-):
+def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+              q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+              grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, heads, q_len, k_len, scale, scale_log2,
+              GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
+              PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """dQ of one tile of queries, and delta = rowsum(out * grad_out)."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -493,14 +477,13 @@ def dq_kernel(
 
 
 @jit
-def dkdv_kernel(
-    q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
-    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, q_len, k_len, scale, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr, PRECISION: tl.constexpr,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
-):
+def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
+                q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+                heads, q_len, k_len, scale, scale_log2,
+                GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
+                PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
     tile, kv_heads = tl.program_id(1), heads // GROUP
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -575,73 +558,63 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
     return [number for kernel in ("forward", "dq", "dkdv") for number in params.get(kernel, table[kernel])]
 
 
-LOG2_E = 1.4426950408889634
-
-
-def triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor,
-) -> tuple[Tensor, Tensor]:
-    check_triton(q)
-    (B, H, T, _), S = q.shape, k.shape[2]
-    q, k, v, bounds = unit_stride(q), unit_stride(k), unit_stride(v), bounds.expand(B, -1, -1)
-    out, L = empty_heads(v, H, T), q.new_empty(B, H, T, dtype=torch.float32)
-    with torch.cuda.device_of(q):  # the GPU of the tensors, not the current one
-        forward_kernel[(B * H, bounds.shape[1])](
-            q, k, v, out, L, *rule[2:], bounds, bounds.stride(0), *strides(q, k, v, out), H, T, S, scale * LOG2_E,
-            **kernel_constants(q, k, v, rule, launch))
-    return out, L
-
-
-def triton_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule, scale: float,
-    dq_launch: list[int], dkdv_launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
-    q, k, v, out, grad_out, L = (unit_stride(x) for x in (q, k, v, out, grad_out, L.contiguous()))
-    dq, dk, dv, delta = empty_heads(q, H, T), empty_heads(k, G, S), empty_heads(v, G, S), torch.empty_like(L)
-    dq_bounds, dkdv_bounds = dq_bounds.expand(B, -1, -1), dkdv_bounds.expand(B, -1, -1)
-    with torch.cuda.device_of(q):
-        dq_kernel[(B * H, dq_bounds.shape[1])](
-            q, k, v, out, grad_out, L, delta, dq, *rule[2:], dq_bounds, dq_bounds.stride(0),
-            *strides(q, k, v, out, grad_out, dq), H, T, S, scale, scale * LOG2_E,
-            **kernel_constants(q, k, v, rule, dq_launch))
-        dkdv_kernel[(B * G, dkdv_bounds.shape[1])](
-            q, k, v, grad_out, L, delta, dk, dv, *rule[2:], dkdv_bounds, dkdv_bounds.stride(0),
-            *strides(q, k, v, grad_out, dk, dv), H, T, S, scale, scale * LOG2_E,
-            **kernel_constants(q, k, v, rule, dkdv_launch))
-    return dq, dk, dv
-
-
-def strides(*tensors: Tensor) -> list[int]:
-    """Batch, head and row strides of each; within a row numbers lie side by side, see `unit_stride`."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
 
 def check_triton(q: Tensor) -> None:
     if triton is None:
         raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
-    interpreted = not isinstance(forward_kernel, triton.JITFunction)
-    if q.device.type != "cuda" and not interpreted:
+    if q.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"the Triton kernels run on a GPU, but the tensors are on {q.device}; use backend='auto', or "
                          "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
-    if interpreted and q.dtype == torch.bfloat16:
+    if q.dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def kernel_constants(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, launch: list[int]) -> dict[str, object]:
-    """What is fixed when a kernel is compiled."""
+def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds: Tensor, tensors: tuple[Tensor, ...],
+                  *scales: float) -> None:
+    """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
+    (B, H, T, D), S, Dv = tensors[0].shape, tensors[1].shape[2], tensors[2].shape[3]
     q_tile, k_tile, num_warps, num_stages = launch
+    bounds = bounds.expand(B, -1, -1)
+    # Batch, head and row strides of each; within a row numbers lie side by side, see `unit_stride`.
+    strides = [stride for x in tensors if x.dim() == 4 for stride in x.stride()[:3]]
     # Tensor cores multiply float32 as three TF32 products, or one where PyTorch's own switch allows less precision.
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return dict(GROUP=q.shape[1] // k.shape[1], D=q.shape[-1], D_PAD=padded(q.shape[-1]), DV=v.shape[-1],
-                DV_PAD=padded(v.shape[-1]), CAUSAL=rule.causal, WINDOW=rule.window or 0,
-                POSITIONS=rule.q_positions is not None, IDS=rule.q_ids is not None,
-                PRECISION=precision, Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps,
-                num_stages=num_stages, enable_fp_fusion=True)
+    with torch.cuda.device_of(tensors[0]):  # the GPU of the tensors, not the current one
+        kernel[(B * heads, bounds.shape[1])](
+            *tensors, *rule[2:], bounds, bounds.stride(0), *strides, H, T, S, *scales, GROUP=H // tensors[1].shape[1],
+            D=D, D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0,
+            POSITIONS=rule.q_positions is not None, IDS=rule.q_ids is not None, PRECISION=precision,
+            Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+LOG2_E = 1.4426950408889634
+
+
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
+                   ) -> tuple[Tensor, Tensor]:
+    check_triton(q)
+    q, k, v = unit_stride(q, k, v)
+    out, L = empty_results(q, k, v)
+    launch_kernel(forward_kernel, q.shape[1], launch, rule, bounds, (q, k, v, out, L), scale * LOG2_E)
+    return out, L
+
+
+def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
+                    scale: float, launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, out, grad_out = unit_stride(q, k, v, out, grad_out)
+    L, (dq, dk, dv) = L.contiguous(), empty_gradients(q, k, v)
+    delta = torch.empty_like(L)
+    launch_kernel(dq_kernel, q.shape[1], launch[4:8], rule, dq_bounds, (q, k, v, out, grad_out, L, delta, dq),
+                  scale, scale * LOG2_E)
+    launch_kernel(dkdv_kernel, k.shape[1], launch[8:], rule, dkdv_bounds, (q, k, v, grad_out, L, delta, dk, dv),
+                  scale, scale * LOG2_E)
+    return dq, dk, dv
 
 
 # --- 6. One function for all of them ---
@@ -662,24 +635,13 @@ def forward_op(q, k, v, causal, window, scale, launch, backend, *tensors):
     return tiles_forward(q, k, v, rule, scale, *launch[:2])
 
 
-@forward_op.register_fake
-def forward_fake(q, k, v, *_):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_heads(v, q.shape[1], q.shape[2]), q.new_empty(q.shape[:3], dtype=dtype)
-
-
 @torch.library.custom_op("flash::backward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor out, "
                          f"Tensor L, Tensor grad_out, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 def backward_op(q, k, v, out, L, grad_out, causal, window, scale, launch, backend, *tensors):
     rule, bounds = MaskRule(causal, window, *tensors[:4]), tensors[4:]
     if backend == "triton":
-        return triton_backward(q, k, v, out, L, grad_out, rule, scale, launch[4:8], launch[8:], *bounds[1:])
+        return triton_backward(q, k, v, out, L, grad_out, rule, scale, launch, *bounds[1:])
     return tiles_backward(q, k, v, out, L, grad_out, rule, scale, *launch[:2])
-
-
-@backward_op.register_fake
-def backward_fake(q, k, v, *_):
-    return tuple(empty_heads(x, x.shape[1], x.shape[2]) for x in (q, k, v))
 
 
 def save_for_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -693,12 +655,13 @@ def gradients(ctx, grad_out: Tensor, grad_L: Tensor | None) -> tuple[Tensor | No
     return *grads, *[None] * (len(ctx.options) + len(tensors))
 
 
+forward_op.register_fake(empty_results)
+backward_op.register_fake(empty_gradients)
 forward_op.register_autograd(gradients, setup_context=save_for_gradients)
 
 
-def operator_arguments(
-    q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, params: dict[str, Launch] | None, backend: str,
-) -> tuple:
+def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float,
+                       params: dict[str, Launch] | None, backend: str) -> tuple:
     """Everything after q, k and v in the signature of the operators; the bounds of the tiles are computed here."""
     if backend == "tiles":
         q_tile, k_tile = (params or {}).get("forward", (128, 128))[:2]
@@ -717,15 +680,22 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     """.apply(q, k, v, is_causal=False) on (..., T, D), by tiles; saves q, k, v, out and L, its only (..., T) tensor."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-        return forward_and_save(ctx, q, k, v, is_causal, "tiles")
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, backend: str = "tiles") -> Tensor:
+        heads = as_heads(q), as_heads(k), as_heads(v)
+        check_shapes(*heads)
+        rule = mask_rule(*heads[:2], causal=is_causal)
+        ctx.options = operator_arguments(*heads, rule, q.shape[-1] ** -0.5, None, backend)
+        out, L = forward_op(*heads, *ctx.options)
+        out = out.reshape(*q.shape[:-1], v.shape[-1])  # (..., T, Dv)
+        ctx.save_for_backward(q, k, v, out, L.reshape(q.shape[:-1]))
+        return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, L = ctx.saved_tensors
-        folded = (as_heads(x) for x in (q, k, v, out))
-        grads = backward_op(*folded, as_heads(L[..., None])[..., 0], as_heads(grad_out), *ctx.options)
-        return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None
+        L_heads = L.reshape(-1, 1, L.shape[-1])  # (B, 1, T)
+        grads = backward_op(*map(as_heads, (q, k, v, out)), L_heads, as_heads(grad_out), *ctx.options)
+        return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None, None
 
 
 class FlashAttentionTriton(FlashAttentionPyTorch):
@@ -733,18 +703,7 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-        return forward_and_save(ctx, q, k, v, is_causal, "triton")
-
-
-def forward_and_save(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, backend: str) -> Tensor:
-    q_, k_, v_ = as_heads(q), as_heads(k), as_heads(v)
-    check_shapes(q_, k_, v_)
-    rule = mask_rule(q_, k_, causal=is_causal)
-    ctx.options = operator_arguments(q_, k_, v_, rule, q.shape[-1] ** -0.5, None, backend)
-    out, L = forward_op(q_, k_, v_, *ctx.options)
-    out = out.reshape(*q.shape[:-1], v.shape[-1])  # (..., T, Dv)
-    ctx.save_for_backward(q, k, v, out, L.reshape(q.shape[:-1]))
-    return out
+        return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, "triton")
 
 
 def as_heads(x: Tensor) -> Tensor:
@@ -781,12 +740,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
     return out.masked_fill(blind, 0)
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
-    kv_segment_ids: Tensor | None = None, positions: Tensor | None = None, kv_positions: Tensor | None = None,
-    window: int | None = None, scale: float | None = None, params: dict[str, Launch] | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
+                    kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
+                    kv_positions: Tensor | None = None, window: int | None = None, scale: float | None = None,
+                    params: dict[str, Launch] | None = None, backend: str = "auto") -> Tensor:
     """Attention of q (B, H, T, D) on k (B, G, S, D) and v (B, G, S, Dv): (B, H, T, Dv), by the rule of `visible`.
 
     G divides H: query heads g * H/G to (g + 1) * H/G - 1 share key head g. Integer tensors are (B, T) or (T,) for
@@ -823,12 +780,6 @@ def flash_attention(
 # --- 7. Seeing it ---
 
 
-def packed_documents(batch_size: int, length: int, num_documents: int, generator: torch.Generator) -> Tensor:
-    """Ids (B, T) of rows that are each filled with documents of random lengths."""
-    cuts = torch.rand(batch_size, length - 1, generator=generator).argsort(-1)[:, :num_documents - 1] + 1
-    return torch.zeros(batch_size, length, dtype=torch.int32).scatter(1, cuts, 1).cumsum(-1).to(torch.int32)
-
-
 def with_gradients(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backend: str) -> list[Tensor]:
     """Output, dQ, dK and dV."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -853,70 +804,64 @@ def print_errors(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backen
             print(f"  {name:<22}" + "".join(f"{error:10.1e}" for error in errors) + f"{milliseconds:16.1f}")
 
 
-def print_tiles(rule: MaskRule, length: int, heads: int, tile: int) -> None:
+def print_tiles(rule: MaskRule, bounds: Tensor, length: int, heads: int, tile: int) -> None:
     """What the bounds save, and what nobody has to store."""
-    bounds = tile_bounds(rule, length, length, tile, tile, device=rule.q_ids.device)
+    B, tiles, _ = bounds.shape
     low, full_low, full_high, high = bounds.long().sum((0, 1)).tolist()
-    rows, tiles = len(bounds), bounds.shape[1]
-    useful = rule.part(slice(None), slice(None), length, length, bounds.device).sum().item()
-    print(f"\ntiles of {tile} x {tile}: {rows * tiles**2:,} in all, {rows * tiles * (tiles + 1) // 2:,} causal")
-    print(f"  visited {high - low:,}, of them without a mask {full_high - full_low:,}; "
-          f"{useful / ((high - low) * tile**2):.0%} of the pairs computed are visible")
-    print("\nbytes kept for a backward pass")
+    useful = rule.part(slice(None), slice(None), length, length, bounds.device).sum().item() / tile**2
+    print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal, visited "
+          f"{high - low:,},\n  {full_high - full_low:,} of them without a mask; {useful / (high - low):.0%} of the pairs "
+          "computed are visible\n\nbytes kept for a backward pass")
     for name, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes),
-                         ("log-sum-exp L", 4 * rows * heads * length),
-                         ("a dense mask, one byte a pair", rows * length**2),
-                         ("the (T, S) probabilities, 16 bits", 2 * rows * heads * length**2)):
+                         ("log-sum-exp L", 4 * B * heads * length),
+                         ("a dense mask, one byte a pair", B * length**2),
+                         ("the (T, S) probabilities, 16 bits", 2 * B * heads * length**2)):
         print(f"  {name:<36}{amount:>16,}")
 
 
-def plot_mask(rule: MaskRule, length: int, tile: int, path: str) -> None:
-    """The first row's tiles as a PNG: white skipped, light computed with the mask, dark without."""
+def plot_mask(bounds: Tensor, length: int, path: str) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
-    kinds = [[" ░█".index(x) for x in line] for line in mask_picture(rule, length, length, tile).split("\n")]
-    image = [line + [0] * (len(kinds) - len(line)) for line in kinds]
+    image = [[" ░█".index(character) for character in line.ljust(len(bounds[0]))]
+             for line in mask_picture(bounds).split("\n")]
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, length, length, 0))
-    axes.set(xlabel="key", ylabel="query", title=f"tiles of {tile} x {tile}: skipped, masked, full")
+    axes.set(xlabel="key", ylabel="query", title="tiles: white skipped, light masked, dark full")
     figure.savefig(path, dpi=150)
 
 
 def demonstrate(args: argparse.Namespace) -> None:
-    device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(args.seed)
-    B, T, heads = args.batch_size, args.context_length, (args.num_heads, args.num_kv_heads, args.num_kv_heads)
-    if args.num_documents > T:
-        raise ValueError(f"{args.num_documents} documents do not fit into {T} tokens; lower --num_documents.")
-    mask_args = {"segment_ids": packed_documents(B, T, args.num_documents, generator).to(device), "window": args.window}
-    shapes = [(B, H, T, args.head_dim) for H in (*heads, heads[0])]
-    *inputs, grad_out = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
+    B, T, H, G, D = args.batch_size, args.context_length, args.num_heads, args.num_kv_heads, args.head_dim
+    tokens = torch.randint(0, max(1, T // args.num_documents), (B, T), generator=generator)  # 0 ends a document
+    mask_args = {"segment_ids": segment_ids_from_tokens(tokens, 0).to(device), "window": args.window}
+    *inputs, grad_out = (torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H))
     check_shapes(*inputs)
     rule = mask_rule(inputs[0], inputs[1], **mask_args)
+    tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
+    bounds = tile_bounds(rule, T, T, tile, tile, device=device)
     if args.plot:
-        plot_mask(rule, T, args.tile, args.plot)
+        plot_mask(bounds, T, args.plot)
         return print(f"wrote {args.plot}")
     if args.show_attention_mask:
-        tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
         print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
-        return print(mask_picture(rule, T, T, tile))
-    print(f"{B} rows of {T} tokens in {args.num_documents} documents, {heads[0]} query and {heads[1]} key heads of "
-          f"{args.head_dim}")
-    name, reason = choose_backend(device, torch.float32, args.head_dim, B * T * T)
-    print(f"backend auto is {name}: {reason}")
-    interpreted = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
-    backends = ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or interpreted)
+        return print(mask_picture(bounds))
+    name, reason = choose_backend(device, torch.float32, D, B * T * T)
+    print(f"{B} rows of {T} tokens, {tokens.eq(0).sum() / B:.0f} documents in each, {H} query and {G} key heads of {D}\n"
+          f"backend auto is {name}: {reason}")
+    backends = ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or INTERPRETED)
     print_errors(inputs, grad_out, mask_args, backends)
-    print_tiles(rule, T, heads[0], args.tile)
+    print_tiles(rule, bounds, T, H, tile)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="flash.py", description="Attention by tiles on a batch of packed documents.")
     for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
-                                ("num_documents", 6, "documents in a row"), ("num_heads", 4, "query heads"),
+                                ("num_documents", 6, "documents in a row, on average"), ("num_heads", 4, "query heads"),
                                 ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query"),
-                                ("tile", 64, "edge of the tiles counted and drawn"), ("seed", 0, "of the data")):
+                                ("tile", 64, "edge of the tiles counted and drawn")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--window", type=int, help="see only so many tokens back, itself included (default: all)")
     parser.add_argument("--show_attention_mask", action="store_true", help="only draw the tiles of the first row")
@@ -924,7 +869,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         for name, value in vars(args).items():
-            if name not in ("window", "seed") and type(value) is int and value < 1:
+            if type(value) is int and value < 1:
                 raise ValueError(f"--{name} is {value}, but must be at least 1.")
         demonstrate(args)
     except (ValueError, OSError) as error:
