@@ -106,7 +106,8 @@ GPT2 = dict(vocab_size=50_257, context_length=1_024)
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
 # rotary and the feed-forward network is gated. 10m to 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
-    "laptop": dict(vocab_size=2_048, context_length=256, d_model=128, num_layers=4, num_heads=4),
+    "laptop": dict(vocab_size=4_096, context_length=176, d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                   qk_norm=True, tie_embeddings=True),
     "baseline": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16),
     "gpt2-small": dict(GPT2, d_model=768, num_layers=12, num_heads=12),
     "gpt2-medium": dict(GPT2, d_model=1_024, num_layers=24, num_heads=16),

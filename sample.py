@@ -248,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, help="a run's folder (default: the newest in runs)")
     parser.add_argument("--prompt", default="", help="how the text begins (default: nothing, a new text)")
     parser.add_argument("--max_new_tokens", type=int, default=400, help="length limit (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0: always the likeliest (default: %(default)s)")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that reach probability p")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
