@@ -354,10 +354,12 @@ def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     assert scores[-1]["val_bits_per_byte"] == pytest.approx(scores[-1]["val_loss"] / math.log(2))
     assert losses[-1]["tokens"] == 40 * 8 * 12
     printed = capsys.readouterr().out
-    assert "sample.py --run" in printed and all(len(line) <= 100 for line in printed.splitlines() if line.startswith("step"))
+    assert "sample.py --run" in printed
+    assert all(len(line) <= 100 for line in printed.splitlines() if line.startswith("step"))
 
 
-@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--grad_accum_steps=2", "--optimizer=muon")])
+@pytest.mark.parametrize("more", [("--weight_decay=0.3",),
+                                  ("--dropout=0.2", "--grad_accum_steps=2", "--optimizer=muon")])
 def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
     """10 steps equal 5 + resume + 5, bit for bit, in parameters, optimizer and losses, with dropout too."""
     train.main(flags(corpus, tmp_path / "whole", *more))
@@ -370,6 +372,41 @@ def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
     a, b = (read_log(tmp_path / out / "cats-1" / "log.jsonl") for out in ("whole", "parts"))
     timeless = lambda lines: [{k: v for k, v in line.items() if "second" not in k} for line in lines]  # noqa: E731
     assert timeless(a) == timeless(b)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
+    """SIGINT in mid-step finishes the step, saves it, prints the command that goes on, and exits with 130."""
+    with pytest.raises(SystemExit) as stopped:
+        interrupt_at(3, signal.SIGINT, flags(corpus, tmp_path))
+    assert stopped.value.code == 130
+    assert final_state(tmp_path)["iteration"] == 3
+    assert "--resume --run_name cats-1" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the caller's handler is back"
+
+
+def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path):
+    """kill -9 in mid-run, then --resume: parameters, optimizer, losses of the run that nobody killed, bit for bit."""
+    more = ("--optimizer=muon", "--dropout=0.1", "--max_steps=60", "--save_interval=4", "--eval_interval=25")
+    command = [sys.executable, "train.py", *flags(corpus, tmp_path / "killed", *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).parent.parent
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
+    for line in run.stdout:
+        if line.split()[:2] == ["step", "22/60"]:
+            run.kill()
+            break
+    run.wait()
+    run.stdout.close()
+    assert run.returncode == -signal.SIGKILL and final_state(tmp_path / "killed")["iteration"] < 60
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.main(["--resume", f"--out_dir={tmp_path / 'killed'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
+    train.main(flags(corpus, tmp_path / "whole", *more))
+    torch.set_num_threads(threads)
+    assert_equal_runs(final_state(tmp_path / "killed"), final_state(tmp_path / "whole"))
+    a, b = ([{k: v for k, v in line.items() if "second" not in k} for line in
+             read_log(tmp_path / out / "cats-1" / "log.jsonl")] for out in ("killed", "whole"))
+    assert a == b
 
 
 def interrupt_at(step: int, number: int, argv: list[str]) -> None:
