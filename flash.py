@@ -40,8 +40,11 @@ try:
     import triton.language as tl
 except ImportError:  # there are no wheels for macOS and Windows; all but sections 4 and 5 works without
     triton = None
+jit = triton.jit if triton else lambda function: function  # without Triton nobody calls the kernels
 
 PADDING_SEGMENT_ID = -1
+DENSE_MASK_LIMIT = 2**30  # bytes, one for each query and key: above this, "auto" prefers tiles to a dense mask
+LOG2_E = 1.4426950408889634  # exp(x) = 2^(x * log2(e)), see the kernels
 
 
 # --- 1. The rule: who sees whom ---
@@ -87,9 +90,8 @@ class MaskRule(NamedTuple):
     def part(self, q_slice: slice, k_slice: slice, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """The mask of some queries and some keys: bool (B or 1, T, S)."""
         q_positions, k_positions = self.q_positions, self.k_positions
-        if q_positions is None:
-            q_positions = torch.arange(q_len, device=device, dtype=torch.int32)[None]  # (1, T)
-            k_positions = torch.arange(k_len, device=device, dtype=torch.int32)[None]  # (1, S)
+        if q_positions is None:  # (1, T) and (1, S)
+            q_positions, k_positions = (torch.arange(n, device=device, dtype=torch.int32)[None] for n in (q_len, k_len))
         q_ids = None if self.q_ids is None else self.q_ids[:, q_slice]
         k_ids = None if self.k_ids is None else self.k_ids[:, k_slice]
         return visible(q_positions[:, q_slice], k_positions[:, k_slice], q_ids, k_ids, causal=self.causal,
@@ -139,11 +141,9 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
     """
     group = check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, D), (B, H, S, Dv)
-    T, S = q.shape[2], k.shape[2]
-    mask = mask_rule(q, k, **mask_args).part(slice(None), slice(None), T, S, q.device)[:, None]  # (B, 1, T, S)
-    blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
+    q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
+    mask = mask_rule(q, k, **mask_args).part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]
+    blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1), where mask is (B, 1, T, S)
     # subtle: softmax over nothing is 0/0 and its gradient NaN, so blind rows see everything first and are zeroed after.
     scores = (scale * q @ k.mT).masked_fill(~(mask | blind), -torch.inf)  # (B, H, T, S)
     out = (scores.softmax(-1) @ v).masked_fill(blind, 0)  # (B, H, T, Dv)
@@ -197,12 +197,12 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
 
 def empty_results(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Room for out (B, H, T, Dv), stored as (B, T, H, Dv) so that joining heads is free, and for L (B, H, T)."""
-    (B, H, T, _), dtype = q.shape, torch.float64 if q.dtype == torch.float64 else torch.float32
-    return v.new_empty(B, T, H, v.shape[-1]).transpose(1, 2), q.new_empty(B, H, T, dtype=dtype)
+    (B, H, T, _), at_least_32_bits = q.shape, torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(B, T, H, v.shape[-1]).transpose(1, 2), q.new_empty(B, H, T, dtype=at_least_32_bits)
 
 
 def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Room for dQ, dK and dV, stored in the same order as out."""
+    """Room for dQ, dK and dV of inputs that begin with q, k, v, stored in the same order as out."""
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
 
 
@@ -225,8 +225,7 @@ def tiles_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float,
             mask = rule.part(rows, columns, T, S, q.device)[:, None, None]  # (B, 1, 1, t, s)
             if not mask.any():
                 continue
-            scores = scale * q_part @ k[..., columns, :].to(L.dtype).mT  # (B, G, H/G, t, s)
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores = (scale * q_part @ k[..., columns, :].to(L.dtype).mT).masked_fill(~mask, -torch.inf)  # (.., t, s)
             m_new = torch.maximum(m, scores.amax(-1))
             # subtle: a row that has seen nothing yet has m = -inf, and -inf - (-inf) is NaN; subtract 0 there.
             m_finite = m_new.masked_fill(m_new == -torch.inf, 0)
@@ -311,7 +310,7 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
         k_low, k_high = (x[:, None, :] for x in extremes(rule.k_ids, k_len, k_tile))  # (B, 1, k_tiles)
         padding = (q_low == PADDING_SEGMENT_ID) & (q_high == PADDING_SEGMENT_ID)
         touched = touched & (q_low <= k_high) & (k_low <= q_high) & ~padding
-        full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & ~padding
+        full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
     if by_key:
         touched, full = touched.mT, full.mT  # (B, k_tiles, q_tiles)
     inner_len, inner_tile = (q_len, q_tile) if by_key else (k_len, k_tile)
@@ -347,9 +346,6 @@ def mask_picture(bounds: Tensor) -> str:
 # has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
 
 
-jit = triton.jit if triton else lambda function: function  # without Triton nobody calls them
-
-
 @jit
 def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Rows of D numbers as a (ROWS, D_PAD) tile; D_PAD is D rounded up to a power of 2, and what is outside is 0."""
@@ -368,20 +364,21 @@ def store_tile(base, values, first_row, length, row_stride, ROWS: tl.constexpr, 
 
 @jit
 def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
-                 WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr):
+                 WINDOW: tl.constexpr):
     """`visible` for a tile: q_rows (T, 1) with k_rows (1, S) give (T, S), and (1, T) with (S, 1) its transpose."""
+    # An argument that is None, as in MaskRule, is a constant when a kernel is compiled: what asks for it is left out.
     q_inside, k_inside = q_rows < q_len, k_rows < k_len
     q_flat, k_flat = batch * q_len + q_rows, batch * k_len + k_rows  # positions and ids are (B, T) and (B, S)
     mask = q_inside & k_inside
     distance = q_rows - k_rows
-    if POSITIONS:
+    if q_positions is not None:
         q_position = tl.load(q_positions + q_flat, mask=q_inside, other=0)
         distance = q_position - tl.load(k_positions + k_flat, mask=k_inside, other=0)
     if CAUSAL:
         mask = mask & (distance >= 0)
     if WINDOW > 0:
         mask = mask & (distance < WINDOW)
-    if IDS:
+    if q_ids is not None:
         q_id = tl.load(q_ids + q_flat, mask=q_inside, other=-1)
         mask = mask & (q_id == tl.load(k_ids + k_flat, mask=k_inside, other=-1)) & (q_id != -1)
     return mask
@@ -392,8 +389,8 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
                    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                    out_batch, out_head, out_row, heads, q_len, k_len, scale_log2,
                    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
-                   PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+                   Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """out and L of one tile of queries: the same steps as `tiles_forward`."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most keys: the longest work starts first
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -403,8 +400,7 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
     q_rows = tile * Q_TILE + tl.arange(0, Q_TILE)
     q_tile = load_tile(q + batch * q_batch + head * q_head, tile * Q_TILE, q_len, q_row, Q_TILE, D, D_PAD)
     m = tl.full([Q_TILE], float("-inf"), tl.float32)  # running maximum of score * scale_log2
-    total = tl.zeros([Q_TILE], tl.float32)
-    acc = tl.zeros([Q_TILE, DV_PAD], tl.float32)
+    total, acc = tl.zeros([Q_TILE], tl.float32), tl.zeros([Q_TILE, DV_PAD], tl.float32)
     for k_index in range(low, high):
         k_first = k_index * K_TILE
         k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD)
@@ -412,7 +408,7 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
         if (k_index < full_low) | (k_index >= full_high):
             k_rows = k_first + tl.arange(0, K_TILE)
             mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
-                                k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (Q_TILE, K_TILE)
+                                k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
             scores = tl.where(mask, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet subtracts 0
@@ -441,8 +437,8 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
               q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
               grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, heads, q_len, k_len, scale, scale_log2,
               GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
-              PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+              Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """dQ of one tile of queries, and delta = rowsum(out * grad_out)."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -469,7 +465,7 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
         if (k_index < full_low) | (k_index >= full_high):
             k_rows = k_first + tl.arange(0, K_TILE)
             mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
-                                k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (Q_TILE, K_TILE)
+                                k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
             p = tl.where(mask, p, 0.0)
         dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
@@ -482,8 +478,8 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
                 grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
                 heads, q_len, k_len, scale, scale_log2,
                 GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, IDS: tl.constexpr,
-                PRECISION: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+                Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
     """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
     tile, kv_heads = tl.program_id(1), heads // GROUP
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -493,8 +489,7 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
     k_rows = k_first + tl.arange(0, K_TILE)
     k_tile = load_tile(k + batch * k_batch + kv_head * k_head, k_first, k_len, k_row, K_TILE, D, D_PAD)
     v_tile = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_len, v_row, K_TILE, DV, DV_PAD)
-    dk_acc = tl.zeros([K_TILE, D_PAD], tl.float32)
-    dv_acc = tl.zeros([K_TILE, DV_PAD], tl.float32)
+    dk_acc, dv_acc = tl.zeros([K_TILE, D_PAD], tl.float32), tl.zeros([K_TILE, DV_PAD], tl.float32)
     for step in range(0, GROUP * (high - low)):  # one loop over (query head of the group, tile of queries)
         head, q_index = kv_head * GROUP, low + step
         if GROUP > 1:
@@ -511,7 +506,7 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
         p_t = tl.exp2(scores_t * scale_log2 - L_log2[None, :])
         if (q_index < full_low) | (q_index >= full_high):
             mask_t = visible_tile(q_rows[None, :], k_rows[:, None], batch, q_len, k_len, q_positions, k_positions,
-                                  q_ids, k_ids, CAUSAL, WINDOW, POSITIONS, IDS)  # (K_TILE, Q_TILE)
+                                  q_ids, k_ids, CAUSAL, WINDOW)  # (K_TILE, Q_TILE)
             p_t = tl.where(mask_t, p_t, 0.0)
         dv_acc = tl.dot(p_t.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
         dscores_t = p_t * (tl.dot(v_tile, tl.trans(grad), input_precision=PRECISION) - delta_rows[None, :])
@@ -536,10 +531,8 @@ LAUNCH_16_BIT = {
     128: {"forward": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 2), "dkdv": Launch(32, 128, 8, 2)},
     256: {"forward": Launch(128, 32, 8, 2), "dq": Launch(128, 32, 8, 2), "dkdv": Launch(32, 32, 8, 2)},
 }
-LAUNCH_32_BIT = {  # for checking, not for speed
-    head_dim: dict.fromkeys(("forward", "dq", "dkdv"), Launch(tile, tile, 4, 1))
-    for head_dim, tile in ((64, 32), (128, 32), (256, 16))
-}
+LAUNCH_32_BIT = {head_dim: dict.fromkeys(("forward", "dq", "dkdv"), Launch(tile, tile, 4, 1))  # to check, not for speed
+                 for head_dim, tile in ((64, 32), (128, 32), (256, 16))}
 
 
 def padded(head_dim: int) -> int:
@@ -561,7 +554,26 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
 
-def check_triton(q: Tensor) -> None:
+def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds: Tensor, tensors: tuple[Tensor, ...],
+                  *scales: float) -> None:
+    """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
+    q, k, v = tensors[:3]
+    (B, H, T, D), (G, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    q_tile, k_tile, num_warps, num_stages = launch
+    bounds = bounds.expand(B, -1, -1)
+    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # numbers of a row lie side by side
+    strides = [stride for x in tensors if x.dim() == 4 for stride in x.stride()[:3]]  # batch, head, row
+    # Tensor cores multiply float32 as three TF32 products, or one where PyTorch's own switch allows less precision.
+    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    with torch.cuda.device_of(q):  # the GPU of the tensors, not the current one
+        kernel[(B * heads, bounds.shape[1])](
+            *tensors, *rule[2:], bounds, bounds.stride(0), *strides, H, T, S, *scales, GROUP=H // G, D=D,
+            D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0, PRECISION=precision,
+            Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
+                   ) -> tuple[Tensor, Tensor]:
     if triton is None:
         raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
     if q.device.type != "cuda" and not INTERPRETED:
@@ -569,37 +581,6 @@ def check_triton(q: Tensor) -> None:
                          "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
     if q.dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
-
-
-def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds: Tensor, tensors: tuple[Tensor, ...],
-                  *scales: float) -> None:
-    """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
-    (B, H, T, D), S, Dv = tensors[0].shape, tensors[1].shape[2], tensors[2].shape[3]
-    q_tile, k_tile, num_warps, num_stages = launch
-    bounds = bounds.expand(B, -1, -1)
-    # Batch, head and row strides of each; within a row numbers lie side by side, see `unit_stride`.
-    strides = [stride for x in tensors if x.dim() == 4 for stride in x.stride()[:3]]
-    # Tensor cores multiply float32 as three TF32 products, or one where PyTorch's own switch allows less precision.
-    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    with torch.cuda.device_of(tensors[0]):  # the GPU of the tensors, not the current one
-        kernel[(B * heads, bounds.shape[1])](
-            *tensors, *rule[2:], bounds, bounds.stride(0), *strides, H, T, S, *scales, GROUP=H // tensors[1].shape[1],
-            D=D, D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0,
-            POSITIONS=rule.q_positions is not None, IDS=rule.q_ids is not None, PRECISION=precision,
-            Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-
-
-def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-LOG2_E = 1.4426950408889634
-
-
-def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
-                   ) -> tuple[Tensor, Tensor]:
-    check_triton(q)
-    q, k, v = unit_stride(q, k, v)
     out, L = empty_results(q, k, v)
     launch_kernel(forward_kernel, q.shape[1], launch, rule, bounds, (q, k, v, out, L), scale * LOG2_E)
     return out, L
@@ -607,7 +588,6 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
 
 def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
                     scale: float, launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor) -> tuple[Tensor, ...]:
-    q, k, v, out, grad_out = unit_stride(q, k, v, out, grad_out)
     L, (dq, dk, dv) = L.contiguous(), empty_gradients(q, k, v)
     delta = torch.empty_like(L)
     launch_kernel(dq_kernel, q.shape[1], launch[4:8], rule, dq_bounds, (q, k, v, out, grad_out, L, delta, dq),
@@ -620,7 +600,7 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, gra
 # --- 6. One function for all of them ---
 
 # As two custom operators, forward and backward are opaque calls to torch.compile and to activation checkpointing: all
-# these need to know is the shape of the result (the `fake` functions) and which operator is the derivative of which.
+# these need to know is the shape of the result (the `empty_` functions) and which operator is the derivative of which.
 OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
            "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids, "
            "Tensor? forward_bounds, Tensor? dq_bounds, Tensor? dkdv_bounds")
@@ -681,7 +661,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, backend: str = "tiles") -> Tensor:
-        heads = as_heads(q), as_heads(k), as_heads(v)
+        heads = [x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v)]  # (B, 1, T, D): the leading dimensions are a batch
         check_shapes(*heads)
         rule = mask_rule(*heads[:2], causal=is_causal)
         ctx.options = operator_arguments(*heads, rule, q.shape[-1] ** -0.5, None, backend)
@@ -693,8 +673,8 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, L = ctx.saved_tensors
-        L_heads = L.reshape(-1, 1, L.shape[-1])  # (B, 1, T)
-        grads = backward_op(*map(as_heads, (q, k, v, out)), L_heads, as_heads(grad_out), *ctx.options)
+        *heads, grad_out, L = (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v, out, grad_out, L[..., None]))
+        grads = backward_op(*heads, L[..., 0], grad_out, *ctx.options)
         return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None, None
 
 
@@ -706,20 +686,9 @@ class FlashAttentionTriton(FlashAttentionPyTorch):
         return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, "triton")
 
 
-def as_heads(x: Tensor) -> Tensor:
-    """(..., T, D) to (B, 1, T, D)."""
-    return x.reshape(-1, 1, *x.shape[-2:])
-
-
-DENSE_MASK_LIMIT = 2**30  # bytes, one for each query and key: above this, "auto" prefers tiles to a dense mask
-
-
 def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, mask_bytes: int = 0
                    ) -> tuple[str, str]:
-    """What backend="auto" means: the backend's name, and the reason as a sentence to print.
-
-    mask_bytes is B * T * S where segment ids, positions or a window are given, and 0 where causal is all.
-    """
+    """The backend that "auto" means, and why, as a sentence; mask_bytes is B * T * S, or 0 where causal is all."""
     if torch.device(device).type == "cuda" and triton is not None and head_dim <= 256 and dtype != torch.float64:
         return "triton", "Triton kernels: the device is a GPU and triton is installed."
     if mask_bytes == 0:
@@ -731,13 +700,13 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
     """The same by PyTorch's own kernels; anything but plain causal costs a dense (B, T, S) mask."""
-    gqa = q.shape[1] != k.shape[1]
+    attention = functools.partial(F.scaled_dot_product_attention, q, k, v, scale=scale,
+                                  enable_gqa=q.shape[1] != k.shape[1])
     if rule.plain:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=scale, enable_gqa=gqa)
+        return attention(is_causal=rule.causal)
     mask = rule.part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]  # (B, 1, T, S)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=gqa)
-    return out.masked_fill(blind, 0)
+    return attention(attn_mask=mask | blind).masked_fill(blind, 0)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
@@ -768,7 +737,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
         mask_bytes = 0 if rule.plain else q.shape[0] * q.shape[2] * k.shape[2]
         backend, _ = choose_backend(q.device, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
     if backend == "reference":
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(q.dtype, torch.float32)
         return reference_attention(q, k, v, scale=scale, dtype=dtype, **mask_args)[0].to(q.dtype)
     if backend == "sdpa":
         return sdpa_attention(q, k, v, rule, scale)
@@ -780,52 +749,36 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
 # --- 7. Seeing it ---
 
 
-def with_gradients(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backend: str) -> list[Tensor]:
-    """Output, dQ, dK and dV."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
+def with_gradients(tensors: list[Tensor], mask_args: dict, backend: str) -> list[Tensor]:
+    """Output, dQ, dK and dV for q, k, v and the gradient of the output."""
+    *inputs, grad_out = (x.detach().requires_grad_() for x in tensors)
     out = flash_attention(*inputs, **mask_args, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
-def print_errors(inputs: list[Tensor], grad_out: Tensor, mask_args: dict, backends: list[str]) -> None:
+def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) -> None:
     """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
-    exact = with_gradients([x.double() for x in inputs], grad_out.double(), mask_args, "reference")
+    exact = with_gradients([x.double() for x in tensors], mask_args, "reference")
     print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
     for dtype in (torch.float32, torch.float16):
-        cast, cast_grad = [x.to(dtype) for x in inputs], grad_out.to(dtype)
+        cast = [x.to(dtype) for x in tensors]
         for backend in backends:
-            with_gradients(cast, cast_grad, mask_args, backend)  # warm-up: compiles, fills caches
+            with_gradients(cast, mask_args, backend)  # warm-up: compiles, fills caches
             start = time.perf_counter()
-            results = with_gradients(cast, cast_grad, mask_args, backend)
+            results = with_gradients(cast, mask_args, backend)
             float(results[1].sum())  # waits for a GPU
             milliseconds = 1000 * (time.perf_counter() - start)
-            errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(results, exact)]
-            name = f"{backend} {str(dtype).removeprefix('torch.')}"
-            print(f"  {name:<22}" + "".join(f"{error:10.1e}" for error in errors) + f"{milliseconds:16.1f}")
-
-
-def print_tiles(rule: MaskRule, bounds: Tensor, length: int, heads: int, tile: int) -> None:
-    """What the bounds save, and what nobody has to store."""
-    B, tiles, _ = bounds.shape
-    low, full_low, full_high, high = bounds.long().sum((0, 1)).tolist()
-    useful = rule.part(slice(None), slice(None), length, length, bounds.device).sum().item() / tile**2
-    print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal, visited "
-          f"{high - low:,},\n  {full_high - full_low:,} of them without a mask; {useful / (high - low):.0%} of the pairs "
-          "computed are visible\n\nbytes kept for a backward pass")
-    for name, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes),
-                         ("log-sum-exp L", 4 * B * heads * length),
-                         ("a dense mask, one byte a pair", B * length**2),
-                         ("the (T, S) probabilities, 16 bits", 2 * B * heads * length**2)):
-        print(f"  {name:<36}{amount:>16,}")
+            errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
+            print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
 
 
 def plot_mask(bounds: Tensor, length: int, path: str) -> None:
+    """The picture as a PNG."""
     try:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
-    image = [[" ░█".index(character) for character in line.ljust(len(bounds[0]))]
-             for line in mask_picture(bounds).split("\n")]
+    image = [[" ░█".index(kind) for kind in line.ljust(len(bounds[0]))] for line in mask_picture(bounds).split("\n")]
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, length, length, 0))
     axes.set(xlabel="key", ylabel="query", title="tiles: white skipped, light masked, dark full")
@@ -837,9 +790,9 @@ def demonstrate(args: argparse.Namespace) -> None:
     B, T, H, G, D = args.batch_size, args.context_length, args.num_heads, args.num_kv_heads, args.head_dim
     tokens = torch.randint(0, max(1, T // args.num_documents), (B, T), generator=generator)  # 0 ends a document
     mask_args = {"segment_ids": segment_ids_from_tokens(tokens, 0).to(device), "window": args.window}
-    *inputs, grad_out = (torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H))
-    check_shapes(*inputs)
-    rule = mask_rule(inputs[0], inputs[1], **mask_args)
+    tensors = [torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H)]
+    check_shapes(*tensors[:3])
+    rule = mask_rule(*tensors[:2], **mask_args)
     tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
     bounds = tile_bounds(rule, T, T, tile, tile, device=device)
     if args.plot:
@@ -849,11 +802,17 @@ def demonstrate(args: argparse.Namespace) -> None:
         print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
         return print(mask_picture(bounds))
     name, reason = choose_backend(device, torch.float32, D, B * T * T)
-    print(f"{B} rows of {T} tokens, {tokens.eq(0).sum() / B:.0f} documents in each, {H} query and {G} key heads of {D}\n"
-          f"backend auto is {name}: {reason}")
-    backends = ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or INTERPRETED)
-    print_errors(inputs, grad_out, mask_args, backends)
-    print_tiles(rule, bounds, T, H, tile)
+    print(f"{B} rows of {T} tokens, {rule.q_ids[:, -1].sum() + B} documents in all, {H} query and {G} key heads of {D}")
+    print(f"backend auto is {name}: {reason}")
+    print_errors(tensors, mask_args, ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or INTERPRETED))
+    tiles, (low, full_low, full_high, high) = bounds.shape[1], bounds.long().sum((0, 1)).tolist()
+    useful = rule.part(slice(None), slice(None), T, T, device).sum() / ((high - low) * tile**2)
+    print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal")
+    print(f"  visited {high - low:,}, of them without a mask {full_high - full_low:,}; "
+          f"{useful:.0%} of the pairs computed are visible\n\nbytes kept for a backward pass")
+    for what, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes), ("log-sum-exp L", 4 * B * H * T),
+                         ("a dense mask, one byte a pair", B * T**2), ("(T, S) matrices in 16 bits", 2 * B * H * T**2)):
+        print(f"  {what:<36}{amount:>16,}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -861,7 +820,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
                                 ("num_documents", 6, "documents in a row, on average"), ("num_heads", 4, "query heads"),
                                 ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query"),
-                                ("tile", 64, "edge of the tiles counted and drawn")):
+                                ("tile", 64, "edge of the tiles counted and drawn, at least a 100th of a row")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--window", type=int, help="see only so many tokens back, itself included (default: all)")
     parser.add_argument("--show_attention_mask", action="store_true", help="only draw the tiles of the first row")

@@ -622,8 +622,7 @@ kernels = {"forward": flash.forward_kernel, "dq": flash.dq_kernel, "dkdv": flash
 def compiled(name, head_dim, launch, dtype, ids, positions, window, group):
     function = kernels[name]
     constants = dict(GROUP=group, D=head_dim, D_PAD=flash.padded(head_dim), DV=head_dim, DV_PAD=flash.padded(head_dim),
-                     CAUSAL=True, WINDOW=window, POSITIONS=positions, IDS=ids, PRECISION="tf32",
-                     Q_TILE=launch.q_tile, K_TILE=launch.k_tile)
+                     CAUSAL=True, WINDOW=window, PRECISION="tf32", Q_TILE=launch.q_tile, K_TILE=launch.k_tile)
     constants |= {} if ids else {"q_ids": None, "k_ids": None}
     constants |= {} if positions else {"q_positions": None, "k_positions": None}
     signature, values, attributes = {}, {}, {}
