@@ -22,17 +22,10 @@ The first prints each merge as it is made, and in the end how a line of Python i
     14 tokens: f|or|Ġline|Ġin|Ġsys|.|st|d|in|:|Ġprint|(|line|)
 
 Contents
-    1. Pre-tokens: where a text may be cut
-    2. Training: the definition
-    3. Training: the same, faster
-    4. Long texts: chunks, workers, files
-    5. Training on a file
-    6. The tokenizer
-    7. From text to token arrays
-    8. A built-in corpus: stories
-    9. A built-in corpus: arithmetic
-    10. Corpora: from a name to token arrays
-    11. The command line
+    1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
+    2. Training: the definition                6. The tokenizer                 10. Corpora: from a name to token arrays
+    3. Training: the same, faster              7. From text to token arrays     11. The command line
+    4. Long texts: chunks, workers, files      8. A built-in corpus: stories
 """
 
 import argparse
@@ -399,6 +392,8 @@ def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name and none of the content
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another place") from error

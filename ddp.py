@@ -22,16 +22,11 @@ give the same bits, those of one process that accumulates the same micro-batches
     torch                0.0e+00                                       2.92
 
 Contents
-    1. Ranks: starting, waiting, stopping
-    2. When a rank fails
-    3. The collectives
-    4. The same model on every rank
-    5. Naive: one message per gradient, after the backward pass
-    6. Flat: one message
-    7. Individual: during the backward pass
-    8. Bucketed: few messages, during the backward pass
-    9. One switch for all of them
-    10. Running it: two processes against one
+    1. Ranks: starting, waiting, stopping                          6. Flat: one message
+    2. When a rank fails                                           7. Individual: during the backward pass
+    3. The collectives                                             8. Bucketed: few messages, during the backward pass
+    4. The same model on every rank                                9. One switch for all of them
+    5. Naive: one message per gradient, after the backward pass    10. Running it: two processes against one
 """
 
 import argparse

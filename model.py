@@ -31,7 +31,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -43,30 +43,30 @@ PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it att
 # --- 1. Configuration and presets ---
 
 
+def option(default, help: str, choices: tuple[str, ...] | None = None, **more):
+    """A field of a configuration that is a flag as well: default, help and choices stand together, once."""
+    return field(default=default, metadata={"help": help, "choices": choices, **more})
+
+
 @dataclass
 class ModelConfig:
     """Everything that decides the shape of the model; a ValueError says what clashes. Defaults: the baseline preset."""
 
-    vocab_size: int = 10_000
-    context_length: int = 256
-    d_model: int = 512
-    num_layers: int = 4
-    num_heads: int = 16
-    num_kv_heads: int | None = None  # heads that keys and values have; None: as many as num_heads
-    d_ff: int | None = None  # None: nearest multiple of 64 to 8/3 d_model for swiglu, 4 d_model for the others
-    rope_theta: float = 10_000.0
-    norm: str = "pre"  # where RMSNorm stands: pre (before each branch), post (after each sum), none
-    pos: str = "rope"  # how order enters: rope (rotary), none (only through the causal mask)
-    ffn: str = "swiglu"  # swiglu (three matrices, gated); silu, relu, relu2 (two matrices)
-    dropout: float = 0.0  # on the output of every attention and feed-forward branch, in training only
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys, which bounds the attention scores
-    tie_embeddings: bool = False  # one matrix for token_embeddings and lm_head
-    attention: str = "auto"  # auto, naive, sdpa, flash: see make_attention
-
-    CHOICES = {  # without an annotation: no field, but what the switches accept
-        "norm": ("pre", "post", "none"), "pos": ("rope", "none"), "ffn": ("swiglu", "silu", "relu", "relu2"),
-        "attention": ("auto", "naive", "sdpa", "flash"),
-    }
+    vocab_size: int = option(10_000, "tokens in the vocabulary, bytes and special tokens included")
+    context_length: int = option(256, "tokens that the model sees at once")
+    d_model: int = option(512, "width of the residual stream")
+    num_layers: int = option(4, "transformer blocks")
+    num_heads: int = option(16, "query heads")
+    num_kv_heads: int | None = option(None, "key and value heads (none: as many as query heads)")
+    d_ff: int | None = option(None, "width of the feed-forward (none: 8/3 d_model for swiglu, else 4 d_model)")
+    rope_theta: float = option(10_000.0, "base of the rotary frequencies")
+    norm: str = option("pre", "RMSNorm before each branch, after each sum, or nowhere", ("pre", "post", "none"))
+    pos: str = option("rope", "how order enters: rotary, or only through the causal mask", ("rope", "none"))
+    ffn: str = option("swiglu", "three matrices, gated; or two matrices", ("swiglu", "silu", "relu", "relu2"))
+    dropout: float = option(0.0, "on the output of every attention and feed-forward branch, in training only")
+    qk_norm: bool = option(False, "RMSNorm on each head's queries and keys, which bounds the attention scores")
+    tie_embeddings: bool = option(False, "one matrix for token embeddings and output head")
+    attention: str = option("auto", "who computes attention", ("auto", "naive", "sdpa", "flash"))
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
@@ -76,8 +76,8 @@ class ModelConfig:
             self.d_ff = 64 * max(1, (self.d_model + 12) // 24) if self.ffn == "swiglu" else 4 * self.d_model
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"):
             require_positive(name, getattr(self, name))
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
+        for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self)):
+            if choices and getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         heads = f"num_heads {self.num_heads}"
         if self.d_model % self.num_heads:
@@ -280,10 +280,8 @@ class RotaryPositionalEmbedding(nn.Module):
 # --- 4. The mask rule, and attention faster ---
 
 
-def attention_mask(
-    positions: Tensor, segment_ids: Tensor | None = None,
-    kv_positions: Tensor | None = None, kv_segment_ids: Tensor | None = None,
-) -> Tensor:
+def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
+                   kv_segment_ids: Tensor | None = None) -> Tensor:
     """Which query may look at which key: not at a later position, not into another document, never at padding.
 
     positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
@@ -307,10 +305,8 @@ def attention_mask(
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
 
 
-def make_attention(
-    kind: str, positions: Tensor, segment_ids: Tensor | None = None,
-    kv_positions: Tensor | None = None, kv_segment_ids: Tensor | None = None, *, is_causal: bool = False,
-) -> Attend:
+def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
+                   kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
     """The attention that all layers of one forward pass share; `is_causal` promises that the mask is the triangle.
 
     naive   the definition of section 2 under the mask above: writes the (B, H, T, S) scores to memory, several times
@@ -365,10 +361,8 @@ class KVCache:
     128
     """
 
-    def __init__(
-        self, config: ModelConfig, batch_size: int, *,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, dtype:
+                 torch.dtype | None = None) -> None:
         size = (config.num_layers, batch_size, config.num_kv_heads, config.context_length, config.head_dim)
         self.keys = torch.empty(size, device=device, dtype=dtype)  # (num_layers, B, G, context_length, D)
         self.values = torch.empty_like(self.keys)  # (num_layers, B, G, context_length, D)
@@ -418,10 +412,8 @@ class MultiHeadSelfAttention(nn.Module):
     one: the cache for decoding shrinks by H/G and the quality hardly.
     """
 
-    def __init__(
-        self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None,
-        rope: RotaryPositionalEmbedding | None = None, qk_norm: bool = False,
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None, rope: RotaryPositionalEmbedding
+                 | None = None, qk_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
         self.q_proj = Linear(d_model, d_model)
@@ -508,10 +500,8 @@ class TransformerLM(nn.Module):
                 block.attn.output_proj.weight /= math.sqrt(2 * config.num_layers)
                 block.ffn.w2.weight /= math.sqrt(2 * config.num_layers)
 
-    def forward_hidden(
-        self, token_ids: Tensor, *,
-        positions: Tensor | None = None, segment_ids: Tensor | None = None, cache: KVCache | None = None,
-    ) -> Tensor:
+    def forward_hidden(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None,
+                       cache: KVCache | None = None) -> Tensor:
         """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
 
         positions (T,) or (B, T), all below context_length: place of each token in its text, by default 0 .. T-1, or
@@ -543,10 +533,8 @@ class TransformerLM(nn.Module):
             x = block(x, positions, attend if cache is None else partial(cache.attend, layer, attend))  # (B, T, C)
         return self.ln_final(x)  # (B, T, C)
 
-    def forward(
-        self, token_ids: Tensor, *,
-        positions: Tensor | None = None, segment_ids: Tensor | None = None, cache: KVCache | None = None,
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None, cache:
+                KVCache | None = None) -> Tensor:
         """Logits (B, T, V); the arguments are those of forward_hidden."""
         return self.lm_head(self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache))
 

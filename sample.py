@@ -36,9 +36,8 @@ from model import PADDING_SEGMENT_ID, KVCache, ModelConfig, TransformerLM, softm
 # --- 1. From logits to a token ---
 
 
-def next_token_probabilities(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
+def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None
+                             = None) -> Tensor:
     """softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set of them whose
     probabilities reach top_p (nucleus sampling, Holtzman et al. 2020), renormalized: (..., V) -> (..., V) float32.
 
@@ -72,11 +71,9 @@ def next_token_probabilities(
 
 
 @torch.inference_mode()
-def generate(
-    model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
-    top_k: int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0,
-    use_cache: bool = True, timings: dict | None = None,
-) -> Iterator[list[int | None]]:
+def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k:
+             int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0, use_cache: bool =
+             True, timings: dict | None = None) -> Iterator[list[int | None]]:
     """Continue several prompts (each at least one token) side by side; yields, per step, one new token for each row.
 
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
@@ -154,9 +151,8 @@ class TextStream:
         return self.decoder.decode(b"", final=True)
 
 
-def write_samples(
-    model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, *, beginning: str = "", **options
-) -> None:
+def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, *, beginning: str =
+                  "", **options) -> None:
     """Print num_samples continuations of `prompt`, each behind `beginning`. They are computed together: the first is
     shown as it comes, the others wait for its end."""
     streams = [TextStream(tokenizer.vocab) for _ in range(num_samples)]

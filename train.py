@@ -25,21 +25,20 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import END_OF_TEXT, Prepared, Tokenizer, UserError, load_tokens, prepare, story_nats
+from bpe import END_OF_TEXT, Prepared, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
 from ddp import (
     RankFailure,
     Ranks,
@@ -50,7 +49,7 @@ from ddp import (
     shutdown_distributed,
     wrap,
 )
-from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_per_token, training_memory
+from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_per_token, option, training_memory
 
 # --- 1. The loss ---
 
@@ -294,11 +293,9 @@ def seed_dropout(seed: int, step: int, slice_number: int) -> None:
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
-    while True:
-        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
-        if inner is None:
-            return module
+    while (inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None)) is not None:
         module = inner
+    return module
 
 
 def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out, **extra) -> None:
@@ -312,16 +309,8 @@ def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, it
     if hasattr(out, "write"):
         torch.save(payload, out)
         return
-    out = Path(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(out, "wb") as file:
+        torch.save(payload, file)
 
 
 def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
@@ -444,9 +433,8 @@ class RunLog:
             self.wandb_run = import_optional("wandb", "--wandb").init(project="train.py", name=folder.name)
         if resume_at is not None and self.path.exists():  # cut a torn last line and what lies past the checkpoint
             kept = [line for line in read_log(self.path) if line["step"] <= resume_at]
-            temporary = self.path.with_name(".log.jsonl.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            with write_atomically(self.path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values) -> None:
@@ -473,10 +461,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def clock(seconds: float) -> str:
-    """
-    >>> clock(75), clock(3 * 3600 + 5)
-    ('1:15', '3:00:05')
-    """
+    """Seconds as 1:15 or 3:00:05."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -535,11 +520,6 @@ def import_optional(name: str, flag: str):
 
 
 # --- 8. Settings: one default, one place ---
-
-
-def option(default, help: str, *, choices: tuple[str, ...] | None = None, may_change: bool = False):
-    """A field of a dataclass below, which is a flag as well: default and help stand together, once."""
-    return field(default=default, metadata={"help": help, "choices": choices, "may_change": may_change})
 
 
 @dataclass
@@ -608,24 +588,6 @@ RECIPES: dict[str, dict] = {
     "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
 }
 
-MODEL_HELP = {
-    "vocab_size": "tokens in the vocabulary, bytes and special tokens included",
-    "context_length": "tokens that the model sees at once",
-    "d_model": "width of the residual stream",
-    "num_layers": "transformer blocks",
-    "num_heads": "query heads",
-    "num_kv_heads": "key and value heads (none: as many as query heads)",
-    "d_ff": "width inside the feed-forward (none: 8/3 of d_model for swiglu, 4 of it for the others)",
-    "rope_theta": "base of the rotary frequencies",
-    "norm": "where RMSNorm stands: before each sublayer, after it, nowhere",
-    "pos": "positions: rotary, or none at all",
-    "ffn": "the feed-forward's kind",
-    "dropout": "share of activations dropped in training",
-    "qk_norm": "RMSNorm on queries and keys",
-    "tie_embeddings": "one matrix for token embeddings and output head",
-    "attention": "who computes attention",
-}
-
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
@@ -642,14 +604,12 @@ def build_parser() -> argparse.ArgumentParser:
                           ("where, and instead of training", Place)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
-            help = f.metadata.get("help") or MODEL_HELP[f.name]
-            help += "" if f.default is None else f" (default: {str(f.default).lower()})"
+            help = f.metadata["help"] + ("" if f.default is None else f" (default: {str(f.default).lower()})")
             options: dict = {"default": argparse.SUPPRESS, "help": help}
-            choices = f.metadata.get("choices") or ModelConfig.CHOICES.get(f.name)
             if "bool" in str(f.type):
                 options["action"] = argparse.BooleanOptionalAction
-            elif choices:
-                options["choices"] = choices
+            elif f.metadata["choices"]:
+                options["choices"] = f.metadata["choices"]
             else:
                 kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
                 options.update(type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
@@ -729,26 +689,20 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
 # --- 9. The run ---
 
 
-def next_run_name(out_dir: Path, dataset: str) -> str:
-    """`<dataset>-<n>`, the next free number."""
-    stem = Path(dataset).stem
-    numbers = [path.name.removeprefix(f"{stem}-") for path in out_dir.glob(f"{stem}-*")]
-    return f"{stem}-{max((int(number) for number in numbers if number.isdigit()), default=0) + 1}"
-
-
 def start_run_folder(out_dir: Path, name: str | None, data: Prepared, description: dict, folder: Path | None) -> Path:
     """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
     a run can be read back when the data is long gone. A folder that holds a run already is refused."""
     if folder is None:
-        folder = out_dir / (name or next_run_name(out_dir, data.dataset))
+        numbers = [path.name.removeprefix(f"{data.dataset}-") for path in out_dir.glob(f"{data.dataset}-*")]
+        free = max((int(number) for number in numbers if number.isdigit()), default=0) + 1
+        folder = out_dir / (name or f"{data.dataset}-{free}")
         if (folder / "config.json").exists():
             raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("vocab.json", "merges.txt", "tokenizer.json"):
         shutil.copyfile(data.tokenizer_dir / file, folder / file)
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
+    with write_atomically(folder / "config.json") as file:
+        json.dump(description, file, indent=2)
     return folder
 
 
@@ -780,7 +734,7 @@ def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path 
             raise UserError(f"{folder / 'config.json'}: not the configuration of a run") from None
         place.preset = stored.get("preset")
         known = {**model_values, **train_values, "preset": place.preset}
-        may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata["may_change"]}
+        may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("may_change")}
         for name, value in typed.items():
             if name in known and name not in may_change and value != known[name]:
                 raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
@@ -838,9 +792,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
     torch.manual_seed(config.seed)  # the same parameters on every rank
     model = TransformerLM(model_config).to(device)
-    optimizer_class = {"adamw": AdamW, "muon": Muon}[config.optimizer]
     groups = parameter_groups(model, config.weight_decay, muon=config.optimizer == "muon")
-    optimizer = optimizer_class(groups, lr=config.lr, betas=(0.9, config.beta2))
+    optimizer = {"adamw": AdamW, "muon": Muon}[config.optimizer](groups, lr=config.lr, betas=(0.9, config.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
     step, seconds_before = 0, 0.0
     if resuming:
@@ -888,12 +841,11 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         stopping = all_reduce_sum(float(len(received))) > 0
         last = step >= config.max_steps
         seconds = seconds_before + pause - started
-        progress = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds}
         if recording and step != resumed_at and (step % config.eval_interval == 0 or last):
             scores = evaluate(module, validation, device, autocast, ranks)
             say(evaluation_line(step, config.max_steps, scores, validation.floor))
             if log is not None:
-                log.write(**progress, **scores)
+                log.write(step=step, tokens=step * tokens_per_step, seconds=seconds, **scores)
         if log is not None and step != resumed_at and (last or stopping or (step and step % config.save_interval == 0)):
             if not all(p.isfinite().all() for p in model.parameters()):
                 raise UserError(f"step {step}: parameters are no longer finite; nothing was saved: lower --lr or raise "
@@ -976,7 +928,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # before the first step: nothing to save, and what is prepared so far is kept
         raise SystemExit(130) from None
     except Exception as error:
-        told = (UserError, ConnectionError, RankFailure)  # sentences for the user; anything else shows where it broke
+        told = (UserError, OSError, RankFailure)  # sentences for the user; anything else shows where it broke
         print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
         if not isinstance(error, told):
             raise

@@ -349,7 +349,7 @@ def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     assert all(line.keys() == {"step", "tokens", "seconds", "val_loss", "val_bits_per_byte"} for line in scores)
     assert [line["step"] for line in scores] == [0, 20, 40]
     assert abs(scores[0]["val_loss"] - math.log(256)) < 0.2, "an untrained model knows nothing: ln 256"
-    assert scores[-1]["val_loss"] < 2.0 < losses[0]["train_loss"]
+    assert scores[-1]["val_loss"] < 3.0 < losses[0]["train_loss"]
     # one byte a token: bits per byte are the nats per token, in bits
     assert scores[-1]["val_bits_per_byte"] == pytest.approx(scores[-1]["val_loss"] / math.log(2))
     assert losses[-1]["tokens"] == 40 * 8 * 12
