@@ -583,8 +583,8 @@ class Place:
 # What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
 # of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
 RECIPES: dict[str, dict] = {
-    "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=650, log_interval=25,
-                   eval_interval=130, eval_tokens=40_000, save_interval=130),
+    "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=700, log_interval=25,
+                   eval_interval=140, eval_tokens=40_000, save_interval=140),
     "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
 }
 
