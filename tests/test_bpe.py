@@ -86,14 +86,6 @@ def test_import_is_light():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
-def test_contents_are_the_rulers():
-    """The table of contents names the numbered sections in their order."""
-    source = Path(bpe.__file__).read_text(encoding="utf-8")
-    rulers = re.findall(r"^# --- (\d+\. .*) ---$", source, re.M)
-    contents = re.findall(r"^    (\d+\. .*)$", bpe.__doc__, re.M)
-    assert rulers == contents, f"{rulers} != {contents}"
-
-
 # --- 1. pre-tokens ---
 
 
