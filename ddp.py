@@ -171,7 +171,7 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
     return broadcast_object(result)
 
 
-def shutdown_distributed() -> None:
+def end_distributed() -> None:
     """Leave the group at the end of a run that went well: nobody goes before all have come.
 
     Never in a `finally`: a rank that failed would wait here for ranks that wait for it elsewhere.
@@ -689,7 +689,7 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
         if world_size > 1:
             _join(dist.FileStore(f"{folder}/store", world_size), ranks, timedelta(seconds=timeout_s), "gloo")
         torch.save(function(ranks, *args), Path(folder, f"{rank}.pt"))
-        shutdown_distributed()
+        end_distributed()
     except Exception as error:
         raise RuntimeError(explain_failure(error)) from error
 

@@ -19,7 +19,6 @@ ask again. This file holds the three choices in that loop:
 
 import argparse
 import codecs
-import json
 import sys
 import time
 import zipfile
@@ -111,7 +110,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
         drawn = [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probabilities, generators)]
-        kind = "prefill" if num_new > 1 else "decode"
+        kind = "prefill" if timings["prefill_tokens"] == 0 or num_new > 1 else "decode"
         timings[f"{kind}_tokens"] += len(prompts) * num_new
         timings[f"{kind}_seconds"] += time.perf_counter() - start
 
@@ -216,18 +215,18 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
     if path is None:
         raise UserError(f"{folder}: no run with a checkpoint here; python train.py makes one, --run names it")
     try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = TransformerLM(ModelConfig(**description["model"]))
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load verifies no checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
-    except Exception as error:  # a foreign or damaged file can fail in zipfile, json, pickle and torch in many ways
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        model = TransformerLM(ModelConfig(**payload["config"]))
+        model.load_state_dict(payload["model"])
+    except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: not a readable checkpoint of this run ({type(error).__name__}: {reason}): remove it "
                         f"to read an older one") from None
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.hash() != description.get("tokenizer_hash"):
+    if tokenizer.hash() != payload.get("tokenizer_hash"):
         raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
@@ -300,7 +299,7 @@ def sample(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         sample(build_parser().parse_args(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

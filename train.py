@@ -12,7 +12,7 @@ can stop and go on with the same bits; a checkpoint is written whole or not at a
     python train.py                                    # TinyStories (or built-in stories): minutes on a laptop
     python train.py --dataset shakespeare --max_steps 500
     python train.py --dry_run --preset gpt2-small      # parameters, FLOPs, memory and time; nothing is allocated
-    python train.py --resume --max_steps 4000          # go on with the newest run
+    python train.py --resume                           # go on with the newest run where it was stopped
     torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed
 
     1. The loss                        4. Batches                   7. Writing down what happened
@@ -23,6 +23,7 @@ can stop and go on with the same bits; a checkpoint is written whole or not at a
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -38,17 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpe import END_OF_TEXT, Prepared, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
-from ddp import (
-    RankFailure,
-    Ranks,
-    all_reduce_sum,
-    explain_failure,
-    init_distributed,
-    on_rank_0,
-    shutdown_distributed,
-    wrap,
-)
+from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
+from ddp import RankFailure, Ranks, all_reduce_sum, end_distributed, explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_per_token, option, training_memory
 
 # --- 1. The loss ---
@@ -263,7 +255,7 @@ def num_starts(tokens: np.ndarray, context_length: int) -> int:
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
               rng: np.random.Generator | None = None, rows: slice = slice(None),
-              starts: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+              starts: np.ndarray | None = None, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
 
     Starts 0 ... n - T - 1 are equally likely (the last window's last target is the last token), or those in `starts`
@@ -274,6 +266,9 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     chosen = (rng or np.random.default_rng()).integers(choices, size=batch_size)[rows]
     chosen = chosen if starts is None else starts[chosen]
     windows = np.stack([tokens[start : start + context_length + 1] for start in chosen]).astype(np.int64)  # (B, T + 1)
+    if vocab_size is not None and windows.max() >= vocab_size:
+        raise UserError(f"the corpus holds token {windows.max()}, beyond the vocabulary's {vocab_size:,}: remove its "
+                        f"damaged .npy files, and they are made again")
     batch = torch.from_numpy(windows)
     device = torch.device(device)
     if device.type == "cuda":  # pinned memory lets the copy run while the GPU computes
@@ -318,18 +313,16 @@ def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
     archive's own checksums are verified first: torch.load checks none, and a flipped bit would load as a weight."""
     try:
         with zipfile.ZipFile(src) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{src}: the checkpoint is damaged (checksum of {damaged}): take an older one")
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         if hasattr(src, "seek"):
             src.seek(0)
         payload = torch.load(src, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{src}: there is no such checkpoint") from None
-    except UserError:
-        raise
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        raise UserError(f"{src}: not a readable checkpoint ({type(error).__name__}): take an older one") from error
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{src}: not a readable checkpoint ({reason}): remove it to take the one before") from error
     if not isinstance(payload, dict) or not {"model", "optimizer", "iteration"} <= payload.keys():
         raise UserError(f"{src}: not a checkpoint of train.py: it holds no model, optimizer and iteration")
     return payload
@@ -430,7 +423,7 @@ class RunLog:
         self.path = folder / "log.jsonl"
         self.wandb_run = None
         if wandb:
-            self.wandb_run = import_optional("wandb", "--wandb").init(project="train.py", name=folder.name)
+            self.wandb_run = import_optional("wandb").init(project="train.py", name=folder.name)
         if resume_at is not None and self.path.exists():  # cut a torn last line and what lies past the checkpoint
             kept = [line for line in read_log(self.path) if line["step"] <= resume_at]
             with write_atomically(self.path) as file:
@@ -492,7 +485,8 @@ def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None
 
 def plot_run(folder: Path) -> Path:
     """loss.png in the run's folder: training and validation loss against tokens. Needs matplotlib."""
-    pyplot = import_optional("matplotlib.pyplot", "--plot")
+    pyplot = import_optional("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")  # draws into files, needs no screen
     lines = read_log(folder / "log.jsonl")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, style in (("train_loss", {"alpha": 0.5}), ("val_loss", {"marker": "o"})):
@@ -505,18 +499,12 @@ def plot_run(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def import_optional(name: str, flag: str):
-    """A package that only one flag needs, imported when the flag is given."""
-    import importlib
-
+def import_optional(name: str):
+    """A package that only --plot or --wandb needs, imported when the flag is given."""
     try:
-        module = importlib.import_module(name)
-        if name == "matplotlib.pyplot":
-            module.switch_backend("Agg")  # draws into files, needs no screen
-        return module
+        return importlib.import_module(name)
     except ImportError:
-        package = name.split(".")[0]
-        raise UserError(f"{flag} needs the package {package}: pip install {package}") from None
+        raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name.split('.')[0]}") from None
 
 
 # --- 8. Settings: one default, one place ---
@@ -551,11 +539,11 @@ class TrainConfig:
         self.min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
         self.warmup_steps = min(500, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps
         for name, value in vars(self).items():
-            least = 1 if name.endswith(("size", "steps", "tokens", "interval")) and name != "warmup_steps" else 0
+            least = int(name.endswith(("size", "steps", "tokens", "interval", "bytes")) and name != "warmup_steps")
             if isinstance(value, (int, float)) and not value >= least:
                 raise UserError(f"--{name} must be at least {least}, it is {value}")
-        if self.grad_clip == 0:
-            raise UserError("--grad_clip 0 would stop all learning: leave it away, or set it above 0")
+        if self.grad_clip == 0 or self.beta2 >= 1 or self.seed >= 2**63:
+            raise UserError("--grad_clip must be above 0, --beta2 below 1, --seed below 2**63")
 
 
 @dataclass
@@ -578,6 +566,10 @@ class Place:
     plot: bool = option(False, "draw loss.png at the end (needs matplotlib)")
     dry_run: bool = option(False, "only state parameters, FLOPs, memory, tokens and time")
     overfit_one_batch: bool = option(False, "train on one batch: the loss must fall to nearly 0")
+
+    def __post_init__(self):
+        if not (self.bucket_size_mb > 0 and self.dist_timeout > 0 and (self.num_workers or 1) > 0):
+            raise UserError("--bucket_size_mb, --dist_timeout and --num_workers must be greater than 0")
 
 
 # What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
@@ -667,8 +659,7 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     micro_batch = config.batch_size // config.grad_accum_steps
     flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
     memory = training_memory(model_config, micro_batch)
-    a = torch.ones(1024, 1024, device=device)
-    seconds = []
+    a, seconds = torch.ones(1024, 1024, device=device), []
     for _ in range(5):
         start = time.perf_counter()
         (a @ a).sum().item()
@@ -689,18 +680,19 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
 # --- 9. The run ---
 
 
-def start_run_folder(out_dir: Path, name: str | None, data: Prepared, description: dict, folder: Path | None) -> Path:
+def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path, description: dict) -> Path:
     """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
     a run can be read back when the data is long gone. A folder that holds a run already is refused."""
     if folder is None:
-        numbers = [path.name.removeprefix(f"{data.dataset}-") for path in out_dir.glob(f"{data.dataset}-*")]
+        out_dir = Path(place.out_dir)
+        numbers = [path.name.removeprefix(f"{dataset}-") for path in out_dir.glob(f"{dataset}-*")]
         free = max((int(number) for number in numbers if number.isdigit()), default=0) + 1
-        folder = out_dir / (name or f"{data.dataset}-{free}")
-        if (folder / "config.json").exists():
+        folder = out_dir / (place.run_name or f"{dataset}-{free}")
+        if (folder / "config.json").exists() or latest_checkpoint(folder):
             raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("vocab.json", "merges.txt", "tokenizer.json"):
-        shutil.copyfile(data.tokenizer_dir / file, folder / file)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+            shutil.copyfile(tokenizer_dir / file, folder / file)
     with write_atomically(folder / "config.json") as file:
         json.dump(description, file, indent=2)
     return folder
@@ -764,8 +756,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         dry_run(model_config, config, device, say)
         return 0
 
-    if place.plot:
-        import_optional("matplotlib.pyplot", "--plot")  # a missing package is told now, not after hours
+    for name, wanted in (("matplotlib.pyplot", place.plot), ("wandb", place.wandb)):
+        if wanted:
+            import_optional(name)  # a missing package is told now, not after hours
 
     # Data. Rank 0 prepares what is missing, the others wait for it.
     special_tokens = (END_OF_TEXT,) if model_config.vocab_size > 256 else ()  # 256 ids are all bytes: nothing else fits
@@ -776,15 +769,15 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         data_bytes=config.data_bytes, num_workers=place.num_workers, say=say), "preparing the data")
     tokenizer = Tokenizer.from_files(data.tokenizer_dir / "vocab.json", data.tokenizer_dir / "merges.txt",
                                      list(special_tokens))
-    if data.dataset == "stories":
-        config.dataset = "stories"  # what stood in for tinystories is what a resumed run asks for
+    if data.dataset == "stories" != config.dataset:  # it stood in for tinystories, and a resumed run asks for it
+        config.dataset, config.data_bytes = "stories", min(config.data_bytes or GENERATED_BYTES, GENERATED_BYTES)
     train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names that it has not seen. (Stories, 600 steps: 0.294 instead of 0.307 nats a byte.)
-    starts, by_document = None, data.dataset in ("stories", "arithmetic")
+    starts, by_document = None, special_tokens and data.dataset in ("stories", "arithmetic")
     if num_starts(train_tokens, model_config.context_length) and by_document:
         ends = train_tokens[: -model_config.context_length] == tokenizer.token_ids[END_OF_TEXT.encode()]
-        starts = np.flatnonzero(ends)
+        starts = np.flatnonzero(ends) if ends.any() else None
     validation = validation_set(val_tokens, tokenizer, context_length=model_config.context_length,
                                 batch_size=max(1, 8192 // model_config.context_length), max_tokens=config.eval_tokens,
                                 by_document=by_document)
@@ -803,9 +796,11 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         payload = read_checkpoint(path)
         if payload.get("tokenizer_hash") != tokenizer.hash():
             raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
+        if payload.get("config") != dataclasses.asdict(model_config):
+            raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
         step = load_checkpoint(payload, model, optimizer)
-        seconds_before = payload["seconds"]
-        scaler.load_state_dict(payload["scaler"])
+        seconds_before = payload.get("seconds", 0.0)
+        scaler.load_state_dict(payload.get("scaler", {}))
     module = torch.compile(model) if config.compile else model
     if ranks.world_size > 1:
         module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb)
@@ -815,7 +810,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if recording:
         description = {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
                        "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
-        folder = on_rank_0(lambda: start_run_folder(Path(place.out_dir), place.run_name, data, description, folder),
+        folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir, description),
                            "making the run's folder")
         if ranks.rank == 0:
             log = RunLog(folder, resume_at=step if resuming else None, wandb=place.wandb)
@@ -829,8 +824,12 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
     received: list[int] = []
+    def note(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, note)
     started = interval_started = time.perf_counter()
     interval_tokens, resumed_at = 0, step if resuming else -1
     tokens_per_step = config.batch_size * model_config.context_length
@@ -852,7 +851,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                                 f"--warmup_steps")
             save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                             scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
-                            tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
+                            tokenizer_hash=tokenizer.hash())
             for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()
         interval_started += time.perf_counter() - pause  # the pause is not the training's speed
@@ -873,7 +872,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             rows = slice(s * config.batch_size // num_slices, (s + 1) * config.batch_size // num_slices)
             rng = np.random.default_rng((config.seed, step if recording else 1))
             inputs, targets = get_batch(train_tokens, config.batch_size, model_config.context_length, device, rng=rng,
-                                        rows=rows, starts=starts)  # (B, T), (B, T)
+                                        rows=rows, starts=starts, vocab_size=model_config.vocab_size)  # (B, T)
             seed_dropout(config.seed, step, s)
             sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
             with contextlib.nullcontext() if sending or ranks.world_size == 1 else module.no_sync():
@@ -908,10 +907,12 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         log.close()
         if place.plot:
             say(f"curves: {plot_run(folder)}")
-    if received:
+    if stopping and not last:
         if recording:
-            say(f"stopped and saved at step {step:,}; go on with:  python train.py --resume --run_name {folder.name}")
-        return 128 + received[0]  # 130 for Ctrl-C, 143 for SIGTERM
+            elsewhere = "".join(f" --{name} {value}" for name, value in vars(place).items()
+                                if name in ("out_dir", "data_dir", "device", "ddp") and name in typed)
+            say(f"saved at step {step:,}; go on with:  python train.py --resume --run_name {folder.name}{elsewhere}")
+        return 128 + (received[0] if received else signal.SIGTERM)  # 130 for Ctrl-C, 143 for SIGTERM
     if recording:
         say(f"trained in {clock(time.perf_counter() - started)}; read a text from it:  python sample.py --run {folder}")
     return 0
@@ -924,7 +925,7 @@ def main(argv: list[str] | None = None) -> None:
         place = Place(**fields_of(Place, typed))
         ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
         exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
-        shutdown_distributed()
+        end_distributed()
     except KeyboardInterrupt:  # before the first step: nothing to save, and what is prepared so far is kept
         raise SystemExit(130) from None
     except Exception as error:

@@ -172,7 +172,7 @@ def test_one_process_needs_no_group(mode):
     assert ddp.on_rank_0(lambda: 3, "nothing") == 3, "on_rank_0 alone returns the result"
     assert ddp.token_loss_scale(7) == 1 / 7, "alone the scale is 1 / tokens"
     ddp.barrier("nobody")
-    ddp.shutdown_distributed()
+    ddp.end_distributed()
 
 
 # --- messages: how many, in which order, how early, how many bytes ---
@@ -499,7 +499,7 @@ def rank_fails(ranks, folder, how):
                 if how == "hang":
                     time.sleep(5.5)
                 if how == "finish":
-                    return ddp.shutdown_distributed()
+                    return ddp.end_distributed()
             if step == 2 and how == "barrier":
                 if ranks.rank == 1:
                     time.sleep(5.5)
@@ -639,7 +639,7 @@ def worker(how: str, folder: Path) -> None:
                 torch.save(saved, folder / "tmp")
                 os.replace(folder / "tmp", checkpoint)
             ddp.barrier("the checkpoint")
-        ddp.shutdown_distributed()
+        ddp.end_distributed()
     except Exception as error:
         print("worker:", ddp.explain_failure(error), file=sys.stderr, flush=True)
         os._exit(1)

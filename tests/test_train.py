@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import bpe
 import train
 from bpe import Tokenizer, UserError, load_tokens, prepare, story_nats
 from ddp import Ranks
@@ -513,6 +514,11 @@ def test_stories_are_scored_one_by_one(tmp_path):
     (("--num_kv_heads=3",), "num_kv_heads"),
     (("--no_such_flag=3",), "no_such_flag"),
     (("--batch_size=many",), "batch_size"),
+    (("--data_bytes=0",), "data_bytes"),
+    (("--beta2=1.5",), "beta2"),
+    (("--seed=99999999999999999999",), "seed"),
+    (("--num_workers=-1",), "num_workers"),
+    (("--resume", "--run_name=missing"), "no run to resume"),
 ])
 def test_mistakes_are_one_sentence(corpus, tmp_path, capsys, more, said):
     """A mistake ends in one line on stderr that names it, exit code 2, and leaves no run folder."""
@@ -551,6 +557,46 @@ def test_resuming_keeps_the_settings(corpus, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", f"--out_dir={tmp_path / 'nowhere'}"])
     assert "no run" in capsys.readouterr().err
+
+
+def test_resuming_without_a_network_finds_the_stories_again(tmp_path, monkeypatch):
+    """tinystories that became stories goes on with the same stories and tokenizer: 4 steps equal 2 + resume + 2."""
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(bpe, "download", no_network)
+    common = [f"--data_dir={tmp_path / 'data'}", "--device=cpu"]
+    new = ["--data_bytes=60000", "--vocab_size=300", "--d_model=32", "--batch_size=2", "--eval_tokens=900"]
+    with pytest.raises(SystemExit):
+        interrupt_at(2, signal.SIGTERM, [*common, *new, f"--out_dir={tmp_path / 'parts'}", "--max_steps=4"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("data/stories/**/*.*")}
+    train.main([*common, "--resume", f"--out_dir={tmp_path / 'parts'}"])
+    train.main([*common, *new, f"--out_dir={tmp_path / 'whole'}", "--max_steps=4"])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("data/stories/**/*.*")}
+    assert_equal_runs(final_state(tmp_path / "parts", "stories-1"), final_state(tmp_path / "whole", "stories-1"))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(corpus, tmp_path, capsys):
+    """config.json edited to other heads fits every shape, and is still refused; a damaged checkpoint is named."""
+    train.main(flags(corpus, tmp_path, "--max_steps=2"))
+    run, place = tmp_path / "cats-1", ["--resume", f"--out_dir={tmp_path}", f"--data_dir={corpus / 'data'}"]
+    description = json.loads((run / "config.json").read_text())
+    description["model"].update(rope_theta=123.0)
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*place, "--max_steps=4", "--device=cpu"])
+    assert stopped.value.code == 2 and "not of the configuration" in capsys.readouterr().err
+    checkpoint = latest_checkpoint(run)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:900])
+    with pytest.raises(SystemExit):
+        train.main([*place, "--device=cpu"])
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_token_beyond_the_vocabulary_is_refused():
+    """A damaged token array is one sentence, not an index error in the embedding."""
+    with pytest.raises(UserError, match="beyond the vocabulary"):
+        get_batch(np.full(50, 300, dtype=np.uint16), 2, 5, "cpu", vocab_size=256)
 
 
 def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
