@@ -385,9 +385,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the caller's handler is back"
 
 
-def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path):
+@pytest.mark.parametrize("optimizer", [("--optimizer=muon",), ("--optimizer=adamw", "--grad_accum_steps=2")])
+def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path, optimizer):
     """kill -9 in mid-run, then --resume: parameters, optimizer, losses of the run that nobody killed, bit for bit."""
-    more = ("--optimizer=muon", "--dropout=0.1", "--max_steps=60", "--save_interval=4", "--eval_interval=25")
+    more = (*optimizer, "--dropout=0.1", "--max_steps=60", "--save_interval=4", "--eval_interval=25")
     command = [sys.executable, "train.py", *flags(corpus, tmp_path / "killed", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     root = Path(__file__).parent.parent
