@@ -773,7 +773,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         config.dataset, config.data_bytes = "stories", min(config.data_bytes or GENERATED_BYTES, GENERATED_BYTES)
     train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
-    # in the middle asks for names that it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte, floor 0.2525.)
+    # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
     starts, by_document = None, special_tokens and data.dataset in ("stories", "arithmetic")
     if num_starts(train_tokens, model_config.context_length) and by_document:
         ends = train_tokens[: -model_config.context_length] == tokenizer.token_ids[END_OF_TEXT.encode()]
