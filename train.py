@@ -398,7 +398,6 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
 
     Per-byte numbers compare models with different tokenizers; per-token ones do not. The ranks share the batches.
     """
-    was_training = model.training
     model.eval()
     nats, num_bytes = 0.0, 0
     for inputs, targets in validation.batches[ranks.rank :: ranks.world_size]:
@@ -408,7 +407,7 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
             logits = model(torch.from_numpy(inputs).to(device))  # (B, T, V)
             losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), reduction="none")  # (B, T)
         nats += losses.cpu().double().numpy()[scored].sum()
-    model.train(was_training)
+    model.train()
     nats, num_bytes = all_reduce_sum(float(nats)), all_reduce_sum(float(num_bytes))
     return {"val_loss": nats / validation.num_tokens, "val_bits_per_byte": nats / max(num_bytes, 1.0) / math.log(2)}
 
@@ -753,8 +752,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         raise UserError(f"--batch_size {config.batch_size} does not divide into {ranks.world_size} processes x "
                         f"{config.grad_accum_steps} micro-batches: take a multiple of {num_slices}")
     if place.dry_run:
-        dry_run(model_config, config, device, say)
-        return 0
+        return dry_run(model_config, config, device, say) or 0
 
     for name, wanted in (("matplotlib.pyplot", place.plot), ("wandb", place.wandb)):
         if wanted:
@@ -801,6 +799,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         step = load_checkpoint(payload, model, optimizer)
         seconds_before = payload.get("seconds", 0.0)
         scaler.load_state_dict(payload.get("scaler", {}))
+        torch.set_rng_state(payload.get("rng", torch.get_rng_state()))  # though every step seeds its own
     module = torch.compile(model) if config.compile else model
     if ranks.world_size > 1:
         module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb)
@@ -851,7 +850,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                                 f"--warmup_steps")
             save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                             scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
-                            tokenizer_hash=tokenizer.hash())
+                            tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
+                            tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
             for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()
         interval_started += time.perf_counter() - pause  # the pause is not the training's speed
