@@ -62,10 +62,8 @@ END_OF_TEXT = "<|endoftext|>"  # stands behind each document; the model learns t
 Pair = tuple[bytes, bytes]
 PathLike = str | os.PathLike
 
-
 class UserError(ValueError):
     """A mistake of the user's, in one sentence that also says what to do. main() prints it and exits with 2."""
-
 
 # --- 1. Pre-tokens: where a text may be cut ---
 #
@@ -87,7 +85,6 @@ PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
 FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
 
-
 def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing.
 
@@ -98,7 +95,6 @@ def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
     return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
-
 
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
     """How often each pre-token occurs. Special tokens cut the text and are not counted.
@@ -115,9 +111,7 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
             counts[pretoken] += count
     return dict(counts)
 
-
 # --- 2. Training: the definition ---
-
 
 def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
     """Replace every occurrence of `pair`, from left to right.
@@ -131,7 +125,6 @@ def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
         result.append(merged if found else symbols[index])
         index += 2 if found else 1
     return result
-
 
 def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     """The definition: for each merge, count all pairs of all words. The rest of this file must agree with it.
@@ -158,12 +151,10 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
         merges.append(best)
     return merges
 
-
 # --- 3. Training: the same, faster ---
 #
 # A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
 # and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
-
 
 def heap_order(token: bytes) -> str:
     """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
@@ -174,7 +165,6 @@ def heap_order(token: bytes) -> str:
     [b'b', b'abc', b'ab', b'a']
     """
     return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
-
 
 def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
                on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
@@ -227,14 +217,12 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Se
                 heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
     return merges
 
-
 def merge_ranks(merges: Iterable[Pair], token_ids: Mapping[bytes, int]) -> dict[tuple[int, int], tuple[int, int]]:
     """(left id, right id) -> (rank of the merge, id of the merged token)"""
     ranks: dict[tuple[int, int], tuple[int, int]] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault((token_ids[left], token_ids[right]), (rank, token_ids[left + right]))
     return ranks
-
 
 def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
     """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
@@ -262,11 +250,9 @@ def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, 
                 heapq.heappush(heap, (ranks[pair][0], first, pair))
     return [symbol for symbol in symbols if symbol >= 0]
 
-
 # --- 4. Long texts: chunks, workers, files ---
 
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
-
 
 def text_size(path: PathLike) -> int:
     """Bytes of a text file, or what is wrong with it."""
@@ -279,7 +265,6 @@ def text_size(path: PathLike) -> int:
         raise UserError(f"{path} is empty: give a file with text in it")
     return size
 
-
 def read_text(path: PathLike, start: int, end: int) -> str:
     """Bytes start to end of a UTF-8 file; text mode would change line ends or use the platform's own encoding."""
     with open(path, "rb") as file:
@@ -290,7 +275,6 @@ def read_text(path: PathLike, start: int, end: int) -> str:
     except UnicodeDecodeError as error:
         where = f"byte {start + error.start:,} is 0x{data[error.start]:02x}"
         raise UserError(f"{path} is not UTF-8 text ({where}): convert it, as with iconv -f latin1 -t utf-8") from None
-
 
 def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> list[tuple[int, int]]:
     """(start, end) of parts of a file, about num_bytes long, that can be treated alone.
@@ -318,7 +302,6 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
             else:
                 target += window
     return list(zip(borders, borders[1:] + [size]))
-
 
 def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
     """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
@@ -351,18 +334,14 @@ def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_wo
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 _SHARED: list[Any] = []  # in a worker: what all its tasks need, such as the tokenizer, sent once
-
 
 def _start_worker(shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     _SHARED.append(shared)
 
-
 def _run_task(function: Callable, task: tuple) -> Any:
     return function(_SHARED[0], *task)
-
 
 class Progress:
     """One line on stderr while something long runs: how much is done, how fast, how long it still takes."""
@@ -382,7 +361,6 @@ class Progress:
         if self.terminal and done >= self.total and self.printed > self.started:
             print(" " * 99, end="\r", file=sys.stderr, flush=True)
 
-
 @contextlib.contextmanager
 def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
@@ -401,11 +379,9 @@ def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
-
 def write_json(path: Path, facts: dict) -> None:
     with write_atomically(path) as file:
         json.dump(facts, file, indent=1)
-
 
 def read_json(path: Path) -> dict:
     """A small file of ours; nothing when it is missing or damaged, so that the stage that writes it runs again."""
@@ -414,18 +390,14 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
 
-
 def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
     return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
-
 # --- 5. Training on a file ---
-
 
 def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int) -> dict[str, int]:
     return count_pretokens(read_text(path, start, end), special_tokens)
-
 
 def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None,
                 cache: Path | None = None, progress: bool = False) -> dict[str, int]:
@@ -446,13 +418,11 @@ def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int |
             saved = time.monotonic()
     return counts
 
-
 def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
     fixed = 256 + len(set(special_tokens))
     if vocab_size < fixed:
         raise UserError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {fixed}")
     return vocab_size - fixed
-
 
 def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[str], *, num_workers: int | None = None,
               cache_dir: PathLike | None = None, progress: bool = False,
@@ -501,9 +471,7 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
 
-
 # --- 6. The tokenizer ---
-
 
 def printable_bytes() -> dict[int, str]:
     """GPT-2's characters for bytes in text files: printable ones stand for themselves, the other 68 are moved up.
@@ -514,7 +482,6 @@ def printable_bytes() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
-
 
 class Tokenizer:
     """Text to ids and back by GPT-2's rules.
@@ -665,7 +632,6 @@ class Tokenizer:
             vocab |= {token_id: special.encode("utf-8") for token_id, special in specials.items()}
             return cls(vocab, merges, specials.values())
 
-
 @contextlib.contextmanager
 def _explained(files: Any) -> Iterator[None]:
     """Turn whatever goes wrong while a tokenizer's files are read into one sentence."""
@@ -678,7 +644,6 @@ def _explained(files: Any) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{files} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
-
 def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges as bytes again; an exception where they are not what save() writes."""
     byte_of = {character: byte for byte, character in printable_bytes().items()}
@@ -687,13 +652,10 @@ def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tu
         raise ValueError("no token at all, or one id for several")
     return tokens, [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
 
-
 # --- 7. From text to token arrays ---
-
 
 def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
     return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
-
 
 def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *, num_workers: int | None = None,
                 progress: bool = False) -> int:
@@ -723,7 +685,6 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
         "bytes_per_token": source["bytes"] / count, "tokens_per_second": count / (time.perf_counter() - started)})
     return count
 
-
 def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
     """Open an array of encode_file without reading it, after a look at whose ids they are."""
     npy_path = Path(npy_path)
@@ -735,7 +696,6 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
     if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts["tokens"],):
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
-
 
 # --- 8. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
@@ -929,10 +889,8 @@ Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb Great Super Am
 big small wide long nasty secret;
 """
 
-
 Cell = str | tuple  # a word, or a tuple of text and slots; a slot is (form, name): {a trait} is ("a", "trait")
 STORY = (("", "story"),)  # where every derivation begins
-
 
 @functools.cache
 def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
@@ -965,12 +923,10 @@ def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
                 rules[name + suffix] = [column + suffix for column in columns], rows, (head,)
     return rules
 
-
 def _say(form: str, word: str) -> str:
     """The word as the slot wants it: with its article (form a), with a capital letter (form A), or as it is."""
     articled = ("an " if word[0] in "aeiou" else "a ") + word if form == "a" else word
     return articled[0].upper() + articled[1:] if form == "A" else articled
-
 
 def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, float]:
     """Spell out `parts`, drawing what `memory` does not hold yet: the text and -log p of the draws.
@@ -997,7 +953,6 @@ def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, 
             nats += more
         text.append(_say(form, value) if form else value)
     return "".join(text), nats
-
 
 def _read(text: str) -> Iterator[float]:
     """-log p of every derivation of `text`: the same walk, but it follows each row that agrees with the text.
@@ -1031,19 +986,16 @@ def _read(text: str) -> Iterator[float]:
             if at == len(text):
                 yield nats
 
-
 def stories(seed: int, first: int = 0) -> Iterator[str]:
     """Stories number `first`, first + 1, ... of a seed, without end; each is a pure function of (seed, number)."""
     for number in itertools.count(first):
         yield _write(STORY, {}, random.Random(f"{seed} {number}").random)[0]
-
 
 def story_nats(text: str) -> float:
     """-log p of `text` under the grammar, which no model can beat on average; ValueError if it is not a story."""
     for nats in _read(text):
         return nats  # the only one: no text has two derivations
     raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
-
 
 # --- 9. A built-in corpus: arithmetic ---
 #
@@ -1056,12 +1008,10 @@ UNITS = ("zero one two three four five six seven eight nine ten eleven twelve th
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
-
 class Problem(NamedTuple):
     question: str  # a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
     work: str
     answer: str
-
 
 def in_words(number: int) -> str:
     """
@@ -1072,7 +1022,6 @@ def in_words(number: int) -> str:
         return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
     tens, rest = TENS[number // 10 - 2], number % 10
     return UNITS[number] if number < 20 else f"{tens}-{UNITS[rest]}" if rest else tens
-
 
 def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
     """Problems first, first + 1, ... of a seed.
@@ -1108,12 +1057,10 @@ def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
             work = f"{who} is a " + ", so a ".join(chain[start:]) + "."
             yield Problem(question, work, "yes" if asked > start else "no")
 
-
 def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
     """The problems as documents."""
     for problem in arithmetic_problems(seed, first):
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
-
 
 # --- 10. Corpora: from a name to token arrays ---
 
@@ -1129,7 +1076,6 @@ DOWNLOADS = {  # dataset -> split -> (address, bytes of text)
 GENERATORS = {"stories": stories, "arithmetic": arithmetic}
 DATASETS = (*DOWNLOADS, *GENERATORS)
 GENERATED_BYTES = 25_000_000  # of a built-in corpus, when data_bytes does not say
-
 
 def download(url: str, path: Path, *, first_bytes: int | None = None, expected_bytes: int | None = None,
              timeout_s: float = 30.0) -> None:
@@ -1174,7 +1120,6 @@ def download(url: str, path: Path, *, first_bytes: int | None = None, expected_b
                 problem = getattr(problem, name, None) or problem
             raise OSError(f"{urllib.parse.urlsplit(url).hostname}: {problem}") from None
 
-
 def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
     """One text of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
     url, size = DOWNLOADS[dataset][split]
@@ -1198,7 +1143,6 @@ def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) 
             target.truncate(start + end + len(END_OF_TEXT))
     fetched.unlink()
 
-
 def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> None:
     """The first 90 % of a text for training, the rest for validation, cut at the end of a document if there is one."""
     for chunk in chunks_of(source, [END_OF_TEXT], CHUNK_BYTES):
@@ -1218,12 +1162,10 @@ def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> 
             with write_atomically(path, "wb") as target:
                 target.write(memoryview(data)[start:end])
 
-
 def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
     """Some documents of a built-in corpus, each with END_OF_TEXT behind it and nothing else."""
     texts = itertools.islice(GENERATORS[dataset](seed, first), count)
     return "".join(text + END_OF_TEXT for text in texts).encode("utf-8")
-
 
 def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None) -> None:
     """Documents 0, 1, 2, ... until num_bytes are reached; the same text for any number of workers."""
@@ -1237,7 +1179,6 @@ def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_worke
                 block = block[: block.index(mark, max(0, missing - len(mark))) + len(mark)]
             file.write(block)
             meter.update(file.tell())
-
 
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
     """See that train.txt and val.txt are in the folder, made from what is asked for. Raises OSError without a network.
@@ -1283,7 +1224,6 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
         split_text(source, train, val, data_bytes)
     write_json(record, wanted)
 
-
 class Prepared(NamedTuple):
     dataset: str  # the one used: "stories" when "tinystories" could not be had
     train_text: Path
@@ -1291,7 +1231,6 @@ class Prepared(NamedTuple):
     train_tokens: Path  # arrays of encode_file
     val_tokens: Path
     tokenizer_dir: Path
-
 
 def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
             data_dir: PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
@@ -1343,9 +1282,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
             say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
 
-
 # --- 11. The command line ---
-
 
 def peak_memory_bytes() -> int:
     """The most memory that this process, without its workers, has held; 0 where the system does not say."""
@@ -1355,11 +1292,9 @@ def peak_memory_bytes() -> int:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
 def library_sources() -> bytes:
     """A text that is present everywhere: the modules of Python's own library."""
     return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
-
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
@@ -1379,13 +1314,11 @@ def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], n
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
-
 def pieces_of(tokenizer: Tokenizer, text: str) -> str:
     """The pieces of a text and their ids; bytes are written as in vocab.json, where a space is visible."""
     ids, character = tokenizer.encode(text), printable_bytes()
     pieces = ["".join(character[byte] for byte in tokenizer.vocab[token_id]) for token_id in ids]
     return f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}"
-
 
 def report(data_dir: Path) -> str:
     """Every tokenizer at hand on 10 documents of every corpus at hand."""
@@ -1417,7 +1350,6 @@ def report(data_dir: Path) -> str:
         table.append(f"{name:<24}{cells} {rate / 1e6:8.1f}  {825e9 / rate / 3600:16,.0f}")
     return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
 
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one; see the file's top.")
     parser.add_argument("--input", type=Path, help="text to train on (default: the sources of Python's own library)")
@@ -1448,7 +1380,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     main()

@@ -52,7 +52,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 # --- 1. Ranks: starting, waiting, stopping ---
 
-
 @dataclass(frozen=True)
 class Ranks:
     """This process's number among all, its number on this machine (which is its GPU's), and how many there are."""
@@ -60,7 +59,6 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-
 
 def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Ranks:
     """Join the processes that torchrun started; without torchrun this is Ranks(0, 0, 1) and nothing is started.
@@ -97,26 +95,21 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         raise ConnectionError(f"{who} could not join the others at {address} in {timeout_s:g} s: {reason}") from error
     return ranks
 
-
 def _join(store: dist.Store, ranks: Ranks, timeout: timedelta, backend: str) -> None:
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     atexit.register(_leave_note)
 
-
 def get_rank() -> int:
     """This process's number; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def get_world_size() -> int:
     """The number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def _store() -> dist.Store:
     return dist.group.WORLD.get_group_store()  # a small key-value server that all ranks can reach
-
 
 def barrier(message: str) -> None:
     """Wait until every rank has come here; RankFailure says what was waited for, and who is missing (on gloo)."""
@@ -131,14 +124,12 @@ def barrier(message: str) -> None:
     except RuntimeError as error:
         raise RankFailure(f"waited in vain for {message}: {_first_line(error)}") from error
 
-
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The object that rank `source` holds, on every rank: a run's name, paths, settings."""
     box = [value]
     if get_world_size() > 1:
         dist.broadcast_object_list(box, source)
     return box[0]
-
 
 def on_rank_0(work: Callable[[], Any], description: str) -> Any:
     """Run work() on rank 0 alone while the others wait, however long it takes; all of them return its result.
@@ -170,7 +161,6 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
         raise RankFailure(f"rank 0 failed at {description}: {outcome}")
     return broadcast_object(result)
 
-
 def end_distributed() -> None:
     """Leave the group at the end of a run that went well: nobody goes before all have come.
 
@@ -181,13 +171,10 @@ def end_distributed() -> None:
         barrier("the end of the run")
         dist.destroy_process_group()
 
-
 # --- 2. When a rank fails ---
-
 
 class RankFailure(RuntimeError):
     """This rank is in order, another one is not; the message says which, and why."""
-
 
 def _leave_note() -> None:
     # at the end of a run or of the process; explain_failure reads it where others still wait for this rank
@@ -195,18 +182,15 @@ def _leave_note() -> None:
         if dist.is_initialized() and not _store().check([f"failed/{get_rank()}"]):
             _store().set(f"finished/{get_rank()}", "yes")
 
-
 def _first_line(error: BaseException) -> str:
     line = (str(error) or type(error).__name__).splitlines()[0]
     # of "[/file.cc:553] Connection closed by peer. This is typically ..." the middle
     return line.split("] ", 1)[-1].split(". ")[0] if line.startswith("[/") else line
 
-
 def _reason(error: BaseException) -> str:
     # ValueError and OSError carry a sentence for the user; of anything else the type is half of the message
     is_sentence = isinstance(error, (ValueError, OSError, RankFailure))
     return _first_line(error) if is_sentence else f"{type(error).__name__}: {_first_line(error)}"
-
 
 def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
@@ -244,12 +228,10 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
         pass
     return f"rank {rank} stops because {why}: {reason}"
 
-
 # --- 3. The collectives ---
 #
 # Started now, finished later: each start_ function returns at once with a function that waits for the end. Between the
 # two the tensors belong to the network. Without a process group all of them leave things as they are.
-
 
 def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """Replace `tensor` by its sum over the ranks, on every rank, in place.
@@ -257,7 +239,6 @@ def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     The library chooses the order of the additions: any order gives the same bits on two ranks, but not on four.
     """
     return dist.all_reduce(tensor, async_op=True).wait if get_world_size() > 1 else lambda: None
-
 
 def start_reduce_scatter(pieces: list[Tensor], output: Tensor) -> Callable[[], None]:
     """Rank r gets the sum over the ranks of their pieces[r], in `output` (which may be that piece itself).
@@ -284,12 +265,10 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor) -> Callable[[], N
 
     return finish
 
-
 def start_all_gather(pieces: list[Tensor]) -> Callable[[], Any]:
     """Every rank has filled pieces[its rank]; fill the others. One broadcast a rank: faster than gloo's all-gather."""
     works = [dist.broadcast(piece, r, async_op=True) for r, piece in enumerate(pieces) if get_world_size() > 1]
     return lambda: [work.wait() for work in works]
-
 
 def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], None]:
     """An all-reduce made of the two above: the same bytes, added in rank order, so the same bits at any world size."""
@@ -303,7 +282,6 @@ def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], None]:
 
     return finish
 
-
 def all_reduce_sum(value: Tensor | float) -> Tensor | float:
     """The sum of `value` over the ranks: a new tensor for a tensor, a float, added in float64, for a number."""
     if get_world_size() == 1:
@@ -314,7 +292,6 @@ def all_reduce_sum(value: Tensor | float) -> Tensor | float:
         return total
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
-
 
 def token_loss_scale(num_tokens: int) -> float:
     """What each rank multiplies its *summed* loss by, so that averaged gradients are those of the mean over tokens.
@@ -331,7 +308,6 @@ def token_loss_scale(num_tokens: int) -> float:
         raise ValueError("no rank has a token to learn from in this batch: every target is ignored")
     return get_world_size() / total_tokens
 
-
 def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> float:
     """What the best algorithms send (Patarasuk & Yuan 2009), averaged over the ranks, for a tensor of num_bytes.
 
@@ -340,7 +316,6 @@ def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> flo
     """
     passes = {"broadcast": 1, "reduce_scatter": 1, "all_gather": 1, "all_reduce": 2}[collective]
     return passes * (world_size - 1) / world_size * num_bytes
-
 
 def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
@@ -359,9 +334,7 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
     barrier("the others' messages")
     return (count() - before) / get_world_size()
 
-
 # --- 4. The same model on every rank ---
-
 
 def check_same_model(module: nn.Module) -> None:
     """Raise ValueError on every rank, naming the first difference, unless all ranks hold the same list of tensors.
@@ -379,7 +352,6 @@ def check_same_model(module: nn.Module) -> None:
             if expected != found:
                 raise ValueError(f"rank {rank} has another model than rank 0: {found} instead of {expected}")
 
-
 @torch.no_grad()
 def broadcast_model(module: nn.Module) -> None:
     """Copy rank 0's parameters, frozen ones too, and buffers to all ranks. A tied weight travels once."""
@@ -389,9 +361,7 @@ def broadcast_model(module: nn.Module) -> None:
     for work in [dist.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]:
         work.wait()
 
-
 # --- 5. Naive: one message per gradient, after the backward pass ---
-
 
 class DDPNaive(nn.Module):
     """The definition: after the backward pass, replace the gradients by their averages over the ranks, one by one.
@@ -449,9 +419,7 @@ class DDPNaive(nn.Module):
         used = [parameter.grad is not None for parameter in parameters]
         return torch.tensor(used, dtype=parameters[0].dtype, device=parameters[0].device)
 
-
 # --- 6. Flat: one message ---
-
 
 class DDPFlat(DDPNaive):
     """All gradients in one long vector (one for each dtype) and one all-reduce: saves the fixed cost of messages.
@@ -474,9 +442,7 @@ class DDPFlat(DDPNaive):
                 if users > 0:
                     parameter.grad = average.view(parameter.shape)
 
-
 # --- 7. Individual: during the backward pass ---
-
 
 class DDPIndividual(DDPNaive):
     """Each gradient leaves as soon as it is ready, while the backward pass computes the next: hides the network.
@@ -570,11 +536,9 @@ class DDPIndividual(DDPNaive):
                     parameter.grad = None
         self._start_step()
 
-
 # --- 8. Bucketed: few messages, during the backward pass ---
 
 FIRST_BUCKET_MB = 1.0  # small, so that the network gets something to do early in the backward pass
-
 
 def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float | None) -> list[list[nn.Parameter]]:
     """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each.
@@ -597,7 +561,6 @@ def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float | None) -
         free_bytes -= num_bytes
     return buckets
 
-
 class DDPBucketed(DDPIndividual):
     """Larger groups: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
 
@@ -613,18 +576,15 @@ class DDPBucketed(DDPIndividual):
     def _plan_groups(self) -> list[list[nn.Parameter]]:
         return plan_buckets(self.trainable, self.bucket_size_mb)
 
-
 # --- 9. One switch for all of them ---
 
 MODES = ("naive", "flat", "individual", "bucketed", "torch")
-
 
 class DDPTorch(DistributedDataParallel):
     """PyTorch's own: a C++ Reducer fills and sends the buckets, and is done when backward() returns."""
 
     def finish_gradient_synchronization(self) -> None:
         pass
-
 
 def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, ordered: bool = False,
          find_unused_parameters: bool = False) -> nn.Module:  # fmt: skip
@@ -653,9 +613,7 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, o
     wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
     return wrapped
 
-
 # --- 10. Running it: two processes against one ---
-
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run function(ranks, *args) in world_size new processes on this machine, and return their results in rank order.
@@ -681,7 +639,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 raise TimeoutError(f"{function.__name__} on {world_size} ranks did not end in {timeout_s + 10:g} s")
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
 
-
 def _rank_main(rank: int, function: Callable, world_size: int, folder: str, timeout_s: float, args: tuple) -> None:
     ranks = Ranks(rank, rank, world_size)
     torch.set_num_threads(1)  # more threads may add in another order, and results are compared to the bit
@@ -692,7 +649,6 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
         end_distributed()
     except Exception as error:
         raise RuntimeError(explain_failure(error)) from error
-
 
 def _demo_collectives(ranks: Ranks) -> dict[str, Any]:
     """Each collective on four numbers, and the bytes per rank that it takes for a million."""
@@ -715,7 +671,6 @@ def _demo_collectives(ranks: Ranks) -> dict[str, Any]:
         }
         for name in ("broadcast", "all_reduce", "reduce_scatter", "all_gather")
     }
-
 
 def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: str, options: dict) -> dict[str, Any]:
     """A few optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
@@ -742,7 +697,6 @@ def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: s
     messages = events.count("sent") or {"naive": len(parameters) + 1, "flat": 1}.get(mode)
     early = "".join(events).rpartition("ready")[0].count("sent")
     return {"parameters": parameters, "sent": min(sent), "messages": messages, "early": early}
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
@@ -781,7 +735,6 @@ def main(argv: list[str] | None = None) -> None:
     print("early: sent while the backward pass was still computing, before the last gradient was ready")
     if world_size > 2 and not args.ordered:
         print("differences: the library adds four numbers in an order of its own; --ordered adds them in rank order")
-
 
 if __name__ == "__main__":
     main()

@@ -46,9 +46,7 @@ PADDING_SEGMENT_ID = -1
 DENSE_MASK_LIMIT = 2**30  # bytes, one for each query and key: above this, "auto" prefers tiles to a dense mask
 LOG2_E = 1.4426950408889634  # exp(x) = 2^(x * log2(e)), see the kernels
 
-
 # --- 1. The rule: who sees whom ---
-
 
 def visible(q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = None, k_ids: Tensor | None = None, *,
             causal: bool = True, window: int | None = None) -> Tensor:
@@ -70,7 +68,6 @@ def visible(q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = Non
         same_segment = q_ids[..., :, None] == k_ids[..., None, :]
         mask = mask & same_segment & (q_ids != PADDING_SEGMENT_ID)[..., :, None]
     return mask
-
 
 class MaskRule(NamedTuple):
     """The arguments of `visible` for a whole batch, checked; None means 0..T-1 for positions, one document for ids."""
@@ -96,7 +93,6 @@ class MaskRule(NamedTuple):
         k_ids = None if self.k_ids is None else self.k_ids[:, k_slice]
         return visible(q_positions[:, q_slice], k_positions[:, k_slice], q_ids, k_ids, causal=self.causal,
                        window=self.window)
-
 
 def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
               kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
@@ -131,7 +127,6 @@ def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor 
     return MaskRule(causal, window, rows("positions", positions, T), rows("kv_positions", kv_positions, S),
                     rows("segment_ids", segment_ids, T), rows("kv_segment_ids", kv_segment_ids, S))
 
-
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
                         dtype: torch.dtype = torch.float32, **mask_args) -> tuple[Tensor, Tensor]:
     """The definition, differentiable, in float32 or float64: out (B, H, T, Dv) and log-sum-exp L (B, H, T).
@@ -149,7 +144,6 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
     out = (scores.softmax(-1) @ v).masked_fill(blind, 0)  # (B, H, T, Dv)
     return out, scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
 
-
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> int:
     """The number of query heads that share one key head, or ValueError where q, k and v do not fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -166,7 +160,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> int:
         raise ValueError(f"q, k and v must have one floating dtype, but have {q.dtype}, {k.dtype}, {v.dtype}.")
     return q.shape[1] // k.shape[1]
 
-
 def segment_ids_from_tokens(tokens: Tensor, end_of_text_id: int) -> Tensor:
     """Number the documents of (..., T) tokens from 0, as int32; an end-of-text token belongs to the document it ends.
 
@@ -179,7 +172,6 @@ def segment_ids_from_tokens(tokens: Tensor, end_of_text_id: int) -> Tensor:
     ends = (tokens == end_of_text_id).to(torch.int32)
     return (ends.cumsum(-1) - ends).to(torch.int32)
 
-
 def positions_in_segments(segment_ids: Tensor) -> Tensor:
     """Positions that restart at 0 in each run of equal ids of (..., T), as int64: what rotary embeddings are given.
 
@@ -191,20 +183,16 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
     starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
     return index - torch.where(starts, index, 0).cummax(-1).values
 
-
 # --- 2. The same, tile by tile ---
-
 
 def empty_results(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Room for out (B, H, T, Dv), stored as (B, T, H, Dv) so that joining heads is free, and for L (B, H, T)."""
     (B, H, T, _), at_least_32_bits = q.shape, torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(B, T, H, v.shape[-1]).transpose(1, 2), q.new_empty(B, H, T, dtype=at_least_32_bits)
 
-
 def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Room for dQ, dK and dV of inputs that begin with q, k, v, stored in the same order as out."""
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
-
 
 def tiles_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, q_tile: int, k_tile: int
                   ) -> tuple[Tensor, Tensor]:
@@ -238,7 +226,6 @@ def tiles_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float,
         L[:, :, rows] = (m + total.log()).flatten(1, 2)
     return out, L
 
-
 def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
                    scale: float, q_tile: int, k_tile: int) -> tuple[Tensor, ...]:
     """dQ, dK, dV by recomputation (FlashAttention-2, Algorithm 2): every tile of probabilities is rebuilt from L.
@@ -270,9 +257,7 @@ def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad
             dv[..., columns, :] += (p.mT @ grad_part).sum(2, keepdim=True)
     return tuple(room.copy_(x) for room, x in zip(grads, (dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0])))
 
-
 # --- 3. Which tiles can be skipped ---
-
 
 def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int, *, by_key: bool = False,
                 device: torch.device | str = "cpu") -> Tensor:
@@ -324,19 +309,16 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
     full_high = torch.where(run > 0, run_end + 1, low)
     return torch.stack([low, full_high - run, full_high, high], -1).to(torch.int32)  # (B, tiles, 4)
 
-
 @functools.lru_cache(maxsize=64)
 def plain_bounds(causal: bool, window: int | None, *args, **kwargs) -> Tensor:
     """`tile_bounds` of a mask that no tensor describes: the same in every layer and step, so it is computed once."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
         return tile_bounds(MaskRule(causal, window, None, None, None, None), *args, **kwargs)
 
-
 def mask_picture(bounds: Tensor) -> str:
     """One character for each tile of the batch's first row: blank skipped, ░ computed with the mask, █ without."""
     return "\n".join(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high)
                      for low, full_low, full_high, high in bounds[0].tolist())
-
 
 # --- 4. The kernels in Triton: forward ---
 
@@ -344,7 +326,6 @@ def mask_picture(bounds: Tensor) -> str:
 # [full_low, full_high) it looks at the mask. (Two loops in a row, one without and one with the mask, save that question
 # but make ptxas serialize the tensor cores under Triton 3.6.) Exponentials are powers of 2, the only ones the hardware
 # has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
-
 
 @jit
 def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
@@ -354,13 +335,11 @@ def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.con
     pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
     return tl.load(pointers, mask=(first_row + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
 
-
 @jit
 def store_tile(base, values, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
     tl.store(pointers, values.to(base.dtype.element_ty), mask=(first_row + rows < length)[:, None] & (columns < D))
-
 
 @jit
 def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
@@ -382,7 +361,6 @@ def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, 
         q_id = tl.load(q_ids + q_flat, mask=q_inside, other=-1)
         mask = mask & (q_id == tl.load(k_ids + k_flat, mask=k_inside, other=-1)) & (q_id != -1)
     return mask
-
 
 @jit
 def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
@@ -424,13 +402,11 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
     log_sum_exp = (m + tl.log2(total)) * 0.6931471805599453  # times ln 2: from powers of 2 back to powers of e
     tl.store(L + (batch * heads + head) * q_len + q_rows, log_sum_exp, mask=q_rows < q_len)
 
-
 # --- 5. The kernels in Triton: backward ---
 
 # Two kernels, each owning what it writes, so that no two programs add to the same number and the result is the same in
 # every run: the first owns a tile of queries and makes dQ (and delta, which both need), the second owns a tile of keys
 # and makes dK and dV from all query heads that share this key head.
-
 
 @jit
 def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
@@ -470,7 +446,6 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
         dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     store_tile(dq + batch * dq_batch + head * dq_head, acc * scale, q_first, q_len, dq_row, Q_TILE, D, D_PAD)
-
 
 @jit
 def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
@@ -514,7 +489,6 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
     store_tile(dk + batch * dk_batch + kv_head * dk_head, dk_acc * scale, k_first, k_len, dk_row, K_TILE, D, D_PAD)
     store_tile(dv + batch * dv_batch + kv_head * dv_head, dv_acc, k_first, k_len, dv_row, K_TILE, DV, DV_PAD)
 
-
 class Launch(NamedTuple):
     """How one kernel is launched: the tile sizes, the warps of a program, the stages of its software pipeline."""
 
@@ -522,7 +496,6 @@ class Launch(NamedTuple):
     k_tile: int
     num_warps: int
     num_stages: int
-
 
 # One entry for each kernel and padded head dim (64 serves what is smaller). The tests compile every one for sm_90: none
 # spills registers, and all run on Hopper's wgmma but dkdv at 256, which fits only with small tiles on mma.sync.
@@ -534,11 +507,9 @@ LAUNCH_16_BIT = {
 LAUNCH_32_BIT = {head_dim: dict.fromkeys(("forward", "dq", "dkdv"), Launch(tile, tile, 4, 1))  # to check, not for speed
                  for head_dim, tile in ((64, 32), (128, 32), (256, 16))}
 
-
 def padded(head_dim: int) -> int:
     """The power of 2, at least 16 (the smallest the tensor cores multiply), that holds head_dim."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
 
 def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) -> list[int]:
     """Launches of the forward, dq and dkdv kernels in a row, from the table where `params` does not name them."""
@@ -550,9 +521,7 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
     table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[head_dim]
     return [number for kernel in ("forward", "dq", "dkdv") for number in params.get(kernel, table[kernel])]
 
-
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
-
 
 def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds: Tensor, tensors: tuple[Tensor, ...],
                   *scales: float) -> None:
@@ -571,7 +540,6 @@ def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds:
             D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0, PRECISION=precision,
             Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
-
 def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
                    ) -> tuple[Tensor, Tensor]:
     if triton is None:
@@ -585,7 +553,6 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
     launch_kernel(forward_kernel, q.shape[1], launch, rule, bounds, (q, k, v, out, L), scale * LOG2_E)
     return out, L
 
-
 def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
                     scale: float, launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor) -> tuple[Tensor, ...]:
     L, (dq, dk, dv) = L.contiguous(), empty_gradients(q, k, v)
@@ -596,7 +563,6 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, gra
                   scale, scale * LOG2_E)
     return dq, dk, dv
 
-
 # --- 6. One function for all of them ---
 
 # As two custom operators, forward and backward are opaque calls to torch.compile and to activation checkpointing: all
@@ -604,7 +570,6 @@ def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, gra
 OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
            "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids, "
            "Tensor? forward_bounds, Tensor? dq_bounds, Tensor? dkdv_bounds")
-
 
 @torch.library.custom_op("flash::forward", mutates_args=(),
                          schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
@@ -614,7 +579,6 @@ def forward_op(q, k, v, causal, window, scale, launch, backend, *tensors):
         return triton_forward(q, k, v, rule, scale, launch[:4], bounds[0])
     return tiles_forward(q, k, v, rule, scale, *launch[:2])
 
-
 @torch.library.custom_op("flash::backward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor out, "
                          f"Tensor L, Tensor grad_out, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 def backward_op(q, k, v, out, L, grad_out, causal, window, scale, launch, backend, *tensors):
@@ -623,22 +587,18 @@ def backward_op(q, k, v, out, L, grad_out, causal, window, scale, launch, backen
         return triton_backward(q, k, v, out, L, grad_out, rule, scale, launch, *bounds[1:])
     return tiles_backward(q, k, v, out, L, grad_out, rule, scale, *launch[:2])
 
-
 def save_for_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.options = inputs[3:8]
     ctx.save_for_backward(*inputs[:3], *output, *inputs[8:])
-
 
 def gradients(ctx, grad_out: Tensor, grad_L: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, L, *tensors = ctx.saved_tensors
     grads = backward_op(q, k, v, out, L, grad_out, *ctx.options, *tensors)
     return *grads, *[None] * (len(ctx.options) + len(tensors))
 
-
 forward_op.register_fake(empty_results)
 backward_op.register_fake(empty_gradients)
 forward_op.register_autograd(gradients, setup_context=save_for_gradients)
-
 
 def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float,
                        params: dict[str, Launch] | None, backend: str) -> tuple:
@@ -654,7 +614,6 @@ def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: f
     forward, dq, dkdv = (build(q.shape[2], k.shape[2], *launch[start:start + 2], by_key=start == 8, device=q.device)
                          for start in (0, 4, 8))
     return rule.causal, rule.window, scale, launch, backend, *rule[2:], forward, dq, dkdv
-
 
 class FlashAttentionPyTorch(torch.autograd.Function):
     """.apply(q, k, v, is_causal=False) on (..., T, D), by tiles; saves q, k, v, out and L, its only (..., T) tensor."""
@@ -677,14 +636,12 @@ class FlashAttentionPyTorch(torch.autograd.Function):
         grads = backward_op(*heads, L[..., 0], grad_out, *ctx.options)
         return *(grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v))), None, None
 
-
 class FlashAttentionTriton(FlashAttentionPyTorch):
     """The same by the Triton kernels."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, "triton")
-
 
 def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, mask_bytes: int = 0
                    ) -> tuple[str, str]:
@@ -697,7 +654,6 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int
         return "sdpa", f"PyTorch's own scaled_dot_product_attention with a dense mask of {mask_bytes:,} bytes."
     return "tiles", f"tiles in plain PyTorch: a dense mask would take {mask_bytes:,} bytes."
 
-
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
     """The same by PyTorch's own kernels; anything but plain causal costs a dense (B, T, S) mask."""
     attention = functools.partial(F.scaled_dot_product_attention, q, k, v, scale=scale,
@@ -707,7 +663,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float
     mask = rule.part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]  # (B, 1, T, S)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
     return attention(attn_mask=mask | blind).masked_fill(blind, 0)
-
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
                     kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
@@ -745,16 +700,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
         return forward_op(q, k, v, *operator_arguments(q, k, v, rule, scale, params, backend))[0]
     raise ValueError(f"backend is {backend!r}, but must be one of auto, triton, tiles, sdpa, reference.")
 
-
 # --- 7. Seeing it ---
-
 
 def with_gradients(tensors: list[Tensor], mask_args: dict, backend: str) -> list[Tensor]:
     """Output, dQ, dK and dV for q, k, v and the gradient of the output."""
     *inputs, grad_out = (x.detach().requires_grad_() for x in tensors)
     out = flash_attention(*inputs, **mask_args, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
 
 def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) -> None:
     """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
@@ -771,7 +723,6 @@ def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) ->
             errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
             print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
 
-
 def plot_mask(bounds: Tensor, length: int, path: str) -> None:
     """The picture as a PNG."""
     try:
@@ -783,7 +734,6 @@ def plot_mask(bounds: Tensor, length: int, path: str) -> None:
     axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, length, length, 0))
     axes.set(xlabel="key", ylabel="query", title="tiles: white skipped, light masked, dark full")
     figure.savefig(path, dpi=150)
-
 
 def demonstrate(args: argparse.Namespace) -> None:
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
@@ -814,7 +764,6 @@ def demonstrate(args: argparse.Namespace) -> None:
                          ("a dense mask, one byte a pair", B * T**2), ("(T, S) matrices in 16 bits", 2 * B * H * T**2)):
         print(f"  {what:<36}{amount:>16,}")
 
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="flash.py", description="Attention by tiles on a batch of packed documents.")
     for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
@@ -834,7 +783,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"flash.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     main()

@@ -42,11 +42,9 @@ PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it att
 
 # --- 1. Configuration and presets ---
 
-
 def option(default, help: str, choices: tuple[str, ...] | None = None, **more):
     """A field of a configuration that is a flag as well: default, help and choices stand together, once."""
     return field(default=default, metadata={"help": help, "choices": choices, **more})
-
 
 @dataclass
 class ModelConfig:
@@ -95,11 +93,9 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
-
 def require_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
-
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
 
@@ -123,7 +119,6 @@ PRESETS: dict[str, dict] = {
 
 # --- 2. The functions: softmax, silu, attention by its definition ---
 
-
 def softmax(x: Tensor, dim: int) -> Tensor:
     """exp(x) / sum(exp(x)) along `dim`.
 
@@ -135,11 +130,9 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
-
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x): a smooth relu, also called swish."""
     return x * torch.sigmoid(x)
-
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1): every query takes a weighted mean of v.
@@ -164,14 +157,11 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
     return weights.masked_fill(~mask, 0.0) @ v  # (..., T, Dv)
 
-
 # --- 3. The layers: linear, embedding, norm, feed-forward, rotary ---
-
 
 def truncated_normal(*size: int, std: float) -> nn.Parameter:
     """A parameter drawn from a normal distribution cut at three standard deviations: no weight starts as an outlier."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=std, a=-3 * std, b=3 * std))
-
 
 class Linear(nn.Module):
     """y = x W^T with W (out_features, in_features), no bias.
@@ -188,7 +178,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T  # (..., in_features) @ (in_features, out_features) -> (..., out_features)
 
-
 class Embedding(nn.Module):
     """One row of `embedding_dim` numbers for each of `num_embeddings` ids, looked up by index."""
 
@@ -199,7 +188,6 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         # subtle: index_select would do the same, but on CUDA its backward adds up repeated ids in no fixed order.
         return self.weight[ids]  # (..., embedding_dim)
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019): LayerNorm, no centring."""
@@ -215,7 +203,6 @@ class RMSNorm(nn.Module):
         inverse_rms = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)  # (..., 1)
         return (wide * inverse_rms * self.weight).to(x.dtype)  # (..., C)
 
-
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020, "GLU Variants"): w3 proposes d_ff features, w1 decides how much of each."""
 
@@ -228,10 +215,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(silu(self.w1(x)) * self.w3(x))  # (..., C) -> (..., F) -> (..., C)
 
-
 def relu2(x: Tensor) -> Tensor:
     return torch.relu(x).square()  # ("Primer", So et al. 2021)
-
 
 class FeedForward(nn.Module):
     """w2(activation(w1 x)): the ungated network of the first Transformers."""
@@ -244,7 +229,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))  # (..., C) -> (..., F) -> (..., C)
-
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
@@ -276,9 +260,7 @@ class RotaryPositionalEmbedding(nn.Module):
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
 
-
 # --- 4. The mask rule, and attention faster ---
-
 
 def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None) -> Tensor:
@@ -301,9 +283,7 @@ def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_posi
         mask = mask & (queries == torch.atleast_2d(kv_segment_ids)[:, None, :]) & (queries != PADDING_SEGMENT_ID)
     return mask[:, None]  # (1 or B, 1, T, S)
 
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
-
 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
@@ -341,9 +321,7 @@ def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = No
 
     return naive if kind == "naive" else sdpa
 
-
 # --- 5. The cache for decoding ---
-
 
 class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all.
@@ -401,9 +379,7 @@ class KVCache:
         keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
         return attention(q, keys, values)  # (B, H, T, D)
 
-
 # --- 6. Self-attention, block, language model ---
-
 
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
@@ -436,7 +412,6 @@ class MultiHeadSelfAttention(nn.Module):
             q, k = self.rope(q, by_head), self.rope(k, by_head)
         return self.output_proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
-
 class TransformerBlock(nn.Module):
     """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
 
@@ -457,7 +432,6 @@ class TransformerBlock(nn.Module):
         # Norms inside the branches leave the stream a plain sum, through which gradients reach every layer unchanged.
         x = x + self.dropout(self.attn(self.ln1(x), positions, attend))  # (B, T, C)
         return x + self.dropout(self.ffn(self.ln2(x)))  # (B, T, C)
-
 
 class TransformerLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1.
@@ -538,9 +512,7 @@ class TransformerLM(nn.Module):
         """Logits (B, T, V); the arguments are those of forward_hidden."""
         return self.lm_head(self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache))
 
-
 # --- 7. What it costs: parameters, FLOPs, memory ---
-
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Number of parameters by part; the sum of the values is the model's.
@@ -557,7 +529,6 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
-
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
@@ -577,7 +548,6 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
         "ffn": 2 * parameters["ffn"],
         "head": 2 * config.vocab_size * config.d_model,
     }
-
 
 def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None) -> dict[str, int]:
     """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
@@ -608,9 +578,7 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
         "logits": 2 * 4 * tokens * config.vocab_size,  # and their gradient
     }
 
-
 # --- 8. Command line ---
-
 
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or one preset part by part, exactly."""
@@ -636,7 +604,6 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
         for first, *others in rows:
             print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
 
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Parameters, FLOPs and memory of the presets.", allow_abbrev=False)
 
@@ -656,7 +623,6 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"model.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     main()

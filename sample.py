@@ -34,7 +34,6 @@ from model import PADDING_SEGMENT_ID, KVCache, ModelConfig, TransformerLM, softm
 
 # --- 1. From logits to a token ---
 
-
 def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None
                              = None) -> Tensor:
     """softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set of them whose
@@ -65,9 +64,7 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     probabilities = torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # (..., V), back in order
     return probabilities / probabilities.sum(dim=-1, keepdim=True)  # (..., V)
 
-
 # --- 2. The loop ---
-
 
 @torch.inference_mode()
 def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k:
@@ -126,9 +123,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         window = torch.cat([window, torch.tensor(drawn, device=window.device)[:, None]], dim=1)  # (B, T + 1)
         segment_ids = F.pad(segment_ids, (0, 1), value=0)  # (B, T + 1): a drawn token is no padding
 
-
 # --- 3. Text as it comes ---
-
 
 class TextStream:
     """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
@@ -149,7 +144,6 @@ class TextStream:
     def finish(self) -> str:
         return self.decoder.decode(b"", final=True)
 
-
 def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, *, beginning: str =
                   "", **options) -> None:
     """Print num_samples continuations of `prompt`, each behind `beginning`. They are computed together: the first is
@@ -165,9 +159,7 @@ def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int],
     for row in range(1, num_samples):
         print(f"\n--- {row + 1} ---\n{texts[row]}{streams[row].finish()}")
 
-
 # --- 4. What a token costs ---
-
 
 def seconds_to_read(num_bytes: int, device: torch.device) -> float:
     """Time that the memory takes to hand over a buffer of this size: the best of a few sums over it."""
@@ -177,7 +169,6 @@ def seconds_to_read(num_bytes: int, device: torch.device) -> float:
         buffer.sum().item()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
 
 def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bool) -> str:
     """Speed reached, and the speed that memory allows: one token reads every weight but the embedding table once."""
@@ -197,9 +188,7 @@ def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bo
         parts.append(f"cache {cache.bytes_per_token():,} bytes a token")
     return "; ".join(parts)
 
-
 # --- 5. Command line ---
-
 
 def newest_run(out_dir: Path) -> Path:
     """The run whose checkpoint was written last."""
@@ -207,7 +196,6 @@ def newest_run(out_dir: Path) -> Path:
     if not checkpoints:
         raise UserError(f"{out_dir}: no trained run here yet; python train.py makes one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
-
 
 def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[TransformerLM, Tokenizer]:
     """Model and tokenizer of a run of train.py, from its newest checkpoint."""
@@ -229,7 +217,6 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
     if tokenizer.hash() != payload.get("tokenizer_hash"):
         raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
     return model.to(device=device, dtype=dtype).eval(), tokenizer
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -254,7 +241,6 @@ def build_parser() -> argparse.ArgumentParser:
                         help="of weights and cache (default: bfloat16 on GPUs that have it, else float32)")
     return parser
 
-
 def check_options(args: argparse.Namespace) -> None:
     for name, least in {"max_new_tokens": 1, "num_samples": 1, "top_k": 1, "temperature": 0}.items():
         value = getattr(args, name)
@@ -264,7 +250,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must lie in 0 .. 2**63 - 1, it is {args.seed}")
-
 
 def sample(args: argparse.Namespace) -> None:
     check_options(args)
@@ -295,7 +280,6 @@ def sample(args: argparse.Namespace) -> None:
                   top_p=args.top_p, seed=args.seed, use_cache=not args.no_cache, timings=timings)
     print(f"--- {cost_of(model, timings, args.num_samples, not args.no_cache)} ---", file=sys.stderr)
 
-
 def main(argv: list[str] | None = None) -> None:
     try:
         sample(build_parser().parse_args(argv))
@@ -305,7 +289,6 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None
-
 
 if __name__ == "__main__":
     main()

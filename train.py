@@ -45,7 +45,6 @@ from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_p
 
 # --- 1. The loss ---
 
-
 class CrossEntropy(torch.autograd.Function):
     """log(sum_v exp(x_v)) - x_target for every token, with its gradient written out: softmax(x) - onehot(target).
 
@@ -70,7 +69,6 @@ class CrossEntropy(torch.autograd.Function):
         grad_logits = exps * (grad / total)  # (..., V): the softmax part
         return grad_logits.scatter_add_(-1, targets.unsqueeze(-1), -grad).to(ctx.dtype), None
 
-
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean.
 
@@ -92,9 +90,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -
     losses = CrossEntropy.apply(logits, targets)  # (...)
     return losses.mean() if reduction == "mean" else losses
 
-
 # --- 2. The optimizers ---
-
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2). For a parameter p with gradient g:
@@ -144,7 +140,6 @@ class AdamW(torch.optim.Optimizer):
             denominator = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
             p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
 
-
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Replace every singular value of (..., M, N) matrices by about 1, without computing a single one.
 
@@ -160,7 +155,6 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         square = x @ x.mT  # (..., M, M)
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x  # (..., M, N)
     return x.mT if tall else x
-
 
 class Muon(AdamW):
     """Momentum, orthogonalized: for matrices, in groups that carry muon=True; AdamW for the other groups.
@@ -191,7 +185,6 @@ class Muon(AdamW):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * scale)
 
-
 def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes.
     Muon takes the matrices inside the blocks; rows of embedding and head are looked up one by one and stay AdamW's."""
@@ -205,9 +198,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = F
     ]
     return [group for group in groups if group["params"]]
 
-
 # --- 3. Learning rate and clipping ---
-
 
 def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
     """Linear warm-up from 0 to max_lr at it == warmup_iters, half a cosine down to min_lr at it == cosine_cycle_iters,
@@ -222,7 +213,6 @@ def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: 
         return min_lr if it > warmup_iters or cosine_cycle_iters > warmup_iters else max_lr
     progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)  # 0 ... 1
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
-
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
@@ -241,9 +231,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
         gradient.mul_(scale.to(gradient.device, gradient.dtype))
     return norm
 
-
 # --- 4. Batches ---
-
 
 def num_starts(tokens: np.ndarray, context_length: int) -> int:
     """How many windows of context_length tokens and one more the corpus holds."""
@@ -251,7 +239,6 @@ def num_starts(tokens: np.ndarray, context_length: int) -> int:
         raise UserError(f"the corpus has {len(tokens):,} tokens, fewer than one window of {context_length} + 1: "
                         f"lower --context_length or take a longer text")
     return len(tokens) - context_length
-
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
               rng: np.random.Generator | None = None, rows: slice = slice(None),
@@ -277,21 +264,17 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
         batch = batch.to(device)
     return batch[:, :-1], batch[:, 1:]  # (B, T), (B, T)
 
-
 def seed_dropout(seed: int, step: int, slice_number: int) -> None:
     """Seed torch's generators from where training stands, so that a resumed run drops the same activations."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, slice_number)).generate_state(1, np.uint64)[0] >> 1))
 
-
 # --- 5. Checkpoints ---
-
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
     while (inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None)) is not None:
         module = inner
     return module
-
 
 def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out, **extra) -> None:
     """Write model, optimizer and iteration (and `extra`: plain values and tensors) to a path or a binary file object.
@@ -306,7 +289,6 @@ def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, it
         return
     with write_atomically(out, "wb") as file:
         torch.save(payload, file)
-
 
 def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
     """The payload that save_checkpoint wrote. Only tensors and plain values are unpickled (weights_only), and the
@@ -327,7 +309,6 @@ def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{src}: not a checkpoint of train.py: it holds no model, optimizer and iteration")
     return payload
 
-
 def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration.
     src: a path, a binary file object, or what read_checkpoint has read of one."""
@@ -341,14 +322,11 @@ def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimize
         raise UserError(f"the checkpoint belongs to another model or optimizer: {reason}") from None
     return payload["iteration"]
 
-
 def latest_checkpoint(run_folder: Path) -> Path | None:
     """checkpoint_<step>.pt with the greatest step, or None."""
     return max(run_folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
 
-
 # --- 6. Evaluation ---
-
 
 @dataclass
 class ValidationSet:
@@ -358,7 +336,6 @@ class ValidationSet:
     token_bytes: np.ndarray  # (V,) bytes of text that each id stands for; the end-of-text token stands for none
     num_tokens: int
     floor: float | None  # the corpus generator's own -log p in nats per byte: no model can be better on average
-
 
 def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: int, batch_size: int, max_tokens: int,
                    by_document: bool = False) -> ValidationSet:
@@ -391,7 +368,6 @@ def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: 
         batches.append((inputs, targets))
     return ValidationSet(batches, token_bytes, sum(len(row) - 1 for row in rows), floor)
 
-
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks) -> dict:
     """Mean loss over the validation tokens (nats per token) and the same surprise per byte of text, in bits and nats.
@@ -411,9 +387,7 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
     nats, num_bytes = all_reduce_sum(float(nats)), all_reduce_sum(float(num_bytes))
     return {"val_loss": nats / validation.num_tokens, "val_bits_per_byte": nats / max(num_bytes, 1.0) / math.log(2)}
 
-
 # --- 7. Writing down what happened ---
-
 
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
@@ -440,7 +414,6 @@ class RunLog:
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
-
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; one that is not whole (the run was killed while writing it) ends the list."""
     lines = []
@@ -451,13 +424,11 @@ def read_log(path: Path) -> list[dict]:
             break
     return lines
 
-
 def clock(seconds: float) -> str:
     """Seconds as 1:15 or 3:00:05."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
 
 def progress_line(step: int, max_steps: int, loss: float, lr: float, norm: float, speed: float, left: float) -> str:
     """
@@ -467,7 +438,6 @@ def progress_line(step: int, max_steps: int, loss: float, lr: float, norm: float
     width = len(str(max_steps))
     return (f"step {step:{max(width, 5)}}/{max_steps}   loss {loss:7.4f}   lr {lr:.2e}   norm {norm:6.3f}   "
             f"{speed:7,.0f} tokens/s   {clock(left):>5} left")
-
 
 def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None) -> str:
     """Validation loss in its readings, and how near it is to the corpus's own entropy where that is known.
@@ -480,7 +450,6 @@ def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None
     line = (f"step {step:{max(len(str(max_steps)), 5)}}/{max_steps}   val {loss:7.4f}   "
             f"perplexity {perplexity:,.{2 if perplexity < 100 else 0}f}   {bits:.4f} bits/byte")
     return line if floor is None else f"{line}   {bits * math.log(2):.4f} nats/byte, floor {floor:.4f}"
-
 
 def plot_run(folder: Path) -> Path:
     """loss.png in the run's folder: training and validation loss against tokens. Needs matplotlib."""
@@ -497,7 +466,6 @@ def plot_run(folder: Path) -> Path:
     figure.savefig(folder / "loss.png", dpi=150)
     return folder / "loss.png"
 
-
 def import_optional(name: str):
     """A package that only --plot or --wandb needs, imported when the flag is given."""
     try:
@@ -505,9 +473,7 @@ def import_optional(name: str):
     except ImportError:
         raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name.split('.')[0]}") from None
 
-
 # --- 8. Settings: one default, one place ---
-
 
 @dataclass
 class TrainConfig:
@@ -544,7 +510,6 @@ class TrainConfig:
         if self.grad_clip == 0 or self.beta2 >= 1 or self.seed >= 2**63:
             raise UserError("--grad_clip must be above 0, --beta2 below 1, --seed below 2**63")
 
-
 @dataclass
 class Place:
     """Where a run stands and on what it runs: free to change whenever it goes on."""
@@ -570,7 +535,6 @@ class Place:
         if not (self.bucket_size_mb > 0 and self.dist_timeout > 0 and (self.num_workers or 1) > 0):
             raise UserError("--bucket_size_mb, --dist_timeout and --num_workers must be greater than 0")
 
-
 # What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
 # of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
 RECIPES: dict[str, dict] = {
@@ -578,7 +542,6 @@ RECIPES: dict[str, dict] = {
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
     "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
 }
-
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
@@ -607,17 +570,14 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument(f"--{f.name}", **options)
     return parser
 
-
 def fields_of(config: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
-
 
 def device_type_of(name: str | None) -> str:
     """`cuda`, `mps` or `cpu`: the type of the device asked for, or of the fastest that is there."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return name.split(":")[0]
-
 
 def pick_device(name: str | None, local_rank: int) -> torch.device:
     """The device asked for, or the fastest that is there; several processes take one GPU each."""
@@ -631,7 +591,6 @@ def pick_device(name: str | None, local_rank: int) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not to be had here ({reason}): try --device cpu") from None
     return device
-
 
 def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
     """bfloat16 where the hardware multiplies it and the matrices are big enough to gain.
@@ -650,7 +609,6 @@ def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dt
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
-
 
 def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
     """State what the run would be, from formulas (model.py) and one timed matrix product; nothing is allocated."""
@@ -675,9 +633,7 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     say(f"time              {clock(total / rate / 0.5):>18}  at half of the {rate / 1e9:,.0f} GFLOP/s that one matrix "
         f"product reaches here ({device.type}, float32)")
 
-
 # --- 9. The run ---
-
 
 def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path, description: dict) -> Path:
     """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
@@ -696,7 +652,6 @@ def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_
         json.dump(description, file, indent=2)
     return folder
 
-
 def newest_run(out_dir: Path) -> Path:
     """The run folder that was written to last."""
     runs = [path.parent for path in out_dir.glob("*/config.json") if latest_checkpoint(path.parent)]
@@ -704,13 +659,11 @@ def newest_run(out_dir: Path) -> Path:
         raise UserError(f"{out_dir}: no run with a checkpoint here yet; python train.py starts one")
     return max(runs, key=lambda run: latest_checkpoint(run).stat().st_mtime)
 
-
 def model_config_of(values: dict) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
-
 
 def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
@@ -737,7 +690,6 @@ def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path 
     model_config = model_config_of({**PRESETS[place.preset], **fields_of(ModelConfig, typed)})
     config = TrainConfig(**{**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)})
     return model_config, config, None
-
 
 def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
@@ -917,7 +869,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         say(f"trained in {clock(time.perf_counter() - started)}; read a text from it:  python sample.py --run {folder}")
     return 0
 
-
 def main(argv: list[str] | None = None) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -939,7 +890,6 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(number, handler)
     if exit_code:
         raise SystemExit(exit_code)
-
 
 if __name__ == "__main__":
     main()
