@@ -65,6 +65,7 @@ class ModelConfig:
     qk_norm: bool = option(False, "RMSNorm on each head's queries and keys, which bounds the attention scores")
     tie_embeddings: bool = option(False, "one matrix for token embeddings and output head")
     attention: str = option("auto", "who computes attention", ("auto", "naive", "sdpa", "flash"))
+    doc_mask: bool = option(False, "a token sees its own document only, in which positions start at 0")
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
