@@ -22,11 +22,12 @@ give the same bits, those of one process that accumulates the same micro-batches
     torch                0.0e+00                                       2.92
 
 Contents
-    1. Ranks: starting, waiting, stopping                          6. Flat: one message
-    2. When a rank fails                                           7. Individual: during the backward pass
-    3. The collectives                                             8. Bucketed: few messages, during the backward pass
-    4. The same model on every rank                                9. One switch for all of them
-    5. Naive: one message per gradient, after the backward pass    10. Running it: two processes against one
+    1. Ranks: starting, waiting, stopping                          7. Individual: during the backward pass
+    2. When a rank fails                                           8. Bucketed: few messages, during the backward pass
+    3. The collectives                                             9. One switch for all of them
+    4. The same model on every rank                                10. Context parallelism: splitting the sequence
+    5. Naive: one message per gradient, after the backward pass    11. Running it: two processes against one
+    6. Flat: one message
 """
 
 import argparse
@@ -107,6 +108,10 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """The number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+def members_of(group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a group; None stands for all of them."""
+    return list(range(get_world_size())) if group is None else dist.get_process_group_ranks(group)
 
 def _store() -> dist.Store:
     return dist.group.WORLD.get_group_store()  # a small key-value server that all ranks can reach
@@ -240,20 +245,22 @@ def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """
     return dist.all_reduce(tensor, async_op=True).wait if get_world_size() > 1 else lambda: None
 
-def start_reduce_scatter(pieces: list[Tensor], output: Tensor) -> Callable[[], None]:
+def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.ProcessGroup | None = None
+                         ) -> Callable[[], None]:
     """Rank r gets the sum over the ranks of their pieces[r], in `output` (which may be that piece itself).
 
     Each rank sends piece r straight to rank r, which adds what it receives in rank order: the additions of one process
     that accumulates micro-batches 0, 1, 2, ... Pieces may differ in length. On gloo this is also twice as fast as its
     own reduce-scatter, which is an all-reduce underneath.
     """
-    rank, world_size = get_rank(), get_world_size()
-    assert len(pieces) == world_size, f"{len(pieces)} pieces for {world_size} ranks"
-    received = [pieces[rank] if peer == rank else torch.empty_like(pieces[rank]) for peer in range(world_size)]
-    peers = [peer for peer in range(world_size) if peer != rank]
-    sends = [dist.P2POp(dist.isend, pieces[peer], peer) for peer in peers]
-    receives = [dist.P2POp(dist.irecv, received[peer], peer) for peer in peers]
-    works = dist.batch_isend_irecv(sends + receives) if peers else []
+    members = members_of(group)
+    assert len(pieces) == len(members), f"{len(pieces)} pieces for {len(members)} ranks"
+    mine = members.index(get_rank())
+    received = [piece if at == mine else torch.empty_like(pieces[mine]) for at, piece in enumerate(pieces)]
+    others = [(at, peer) for at, peer in enumerate(members) if at != mine]
+    sends = [dist.P2POp(dist.isend, pieces[at], peer, group) for at, peer in others]
+    receives = [dist.P2POp(dist.irecv, received[at], peer, group) for at, peer in others]
+    works = dist.batch_isend_irecv(sends + receives) if others else []
 
     def finish() -> None:
         for work in works:
@@ -265,9 +272,10 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor) -> Callable[[], N
 
     return finish
 
-def start_all_gather(pieces: list[Tensor]) -> Callable[[], Any]:
+def start_all_gather(pieces: list[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], Any]:
     """Every rank has filled pieces[its rank]; fill the others. One broadcast a rank: faster than gloo's all-gather."""
-    works = [dist.broadcast(piece, r, async_op=True) for r, piece in enumerate(pieces) if get_world_size() > 1]
+    senders = [(r, piece) for r, piece in zip(members_of(group), pieces, strict=True) if len(pieces) > 1]
+    works = [dist.broadcast(piece, r, group, async_op=True) for r, piece in senders]
     return lambda: [work.wait() for work in works]
 
 def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], None]:
@@ -613,7 +621,116 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, o
     wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
     return wrapped
 
-# --- 10. Running it: two processes against one ---
+# --- 10. Context parallelism: splitting the sequence ---
+#
+# A long sequence is split like a batch: every layer but attention looks at one token at a time. Attention to t tokens
+# before it costs t, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N
+# chunks, and rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
+#
+#       keys  0 1 2 3
+#   queries 0 #            rank 0
+#           1 # #          rank 1     rank 0 computes 1 + 4 = 5 tiles,
+#           2 # # #        rank 1     rank 1 computes 2 + 3 = 5
+#           3 # # # #      rank 0
+#
+# In each layer every rank gathers all keys and values (in their G heads, before these are repeated), and keeps its own
+# queries. Backward, each has a gradient for all keys; a reduce-scatter adds them up at the owners. (Llama 3, section
+# 3.3.2.) Positions and documents are explicit, so that masks and rotary embeddings need no special case.
+
+def zigzag_order(n: int) -> list[int]:
+    """The chunks of rank 0, of rank 1, ...
+
+    >>> zigzag_order(4)
+    [0, 7, 1, 6, 2, 5, 3, 4]
+    """
+    return [chunk for rank in range(n) for chunk in (rank, 2 * n - 1 - rank)]
+
+class ContextParallel:
+    """Teams of `size` neighbouring ranks read one sequence each; world_size / size teams split the batch.
+
+        model = TransformerLM(config, attention=context.attention(local))
+        inputs, targets, positions, segment_ids = context.begin(inputs, targets, segment_ids=...)
+        loss = cross_entropy(model(inputs, positions=positions, segment_ids=segment_ids), targets)
+
+    The loss is each rank's mean over its tokens, equally many everywhere: the average over all ranks, which any --ddp
+    mode takes of the gradients, is that of the mean over all tokens. zigzag=False: chunks 2r and 2r+1, for comparison.
+    """
+
+    def __init__(self, size: int, *, zigzag: bool = True) -> None:
+        world_size = get_world_size()
+        if size < 1 or world_size % size:
+            raise ValueError(f"{world_size} processes do not divide into teams of {size}: take a divisor")
+        self.size, (self.team, self.index) = size, divmod(get_rank(), size)
+        self.order = zigzag_order(size) if zigzag else list(range(2 * size))
+        self.chunks = self.order[2 * self.index : 2 * self.index + 2]  # this rank's
+        # subtle: every rank takes part in the making of every group, its own or not
+        teams = [dist.new_group(range(r, r + size)) for r in range(0, world_size, size) if size > 1]
+        self.group = teams[self.team] if teams else None
+
+    def split(self, x: Tensor, dim: int = -1) -> Tensor:
+        """This rank's two chunks of a whole sequence."""
+        if x.shape[dim] % (2 * self.size):
+            raise ValueError(f"{x.shape[dim]} tokens do not divide into 2 x {self.size} chunks: take a multiple of "
+                             f"{2 * self.size}")
+        pieces = x.chunk(2 * self.size, dim)
+        return torch.cat([pieces[chunk] for chunk in self.chunks], dim)
+
+    def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
+              ) -> list[Tensor | None]:
+        """Split a batch: tensors (B, T), then positions and segment ids, numbered over the whole sequence. The whole
+        of the last two is kept: it belongs to the keys."""
+        if positions is None:
+            positions = torch.arange(tokens[0].shape[-1], device=tokens[0].device)  # (T,)
+        self.positions, self.segment_ids = positions, segment_ids
+        return [x if x is None else self.split(x) for x in (*tokens, positions, segment_ids)]
+
+    def attention(self, local: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`local`, any attention with the arguments of flash.flash_attention, over the sequence of the whole team.
+        Each of the two chunks meets only the keys up to its own end: what lies behind it is not causal."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+            whole = _GatherSequence.apply(torch.cat((k, v), dim=-1), self)  # (B, G, S, 2D)
+            outputs, length = [], q.shape[2] // 2
+            for half, chunk in enumerate(self.chunks):
+                here, end = slice(half * length, (half + 1) * length), (chunk + 1) * length
+                keys, values = whole[:, :, :end].split((k.shape[-1], v.shape[-1]), dim=-1)  # (B, G, end, D)
+                ids = segment_ids is not None
+                outputs.append(local(
+                    q[:, :, here], keys, values, positions=positions[..., here], kv_positions=self.positions[..., :end],
+                    segment_ids=segment_ids[..., here] if ids else None,
+                    kv_segment_ids=self.segment_ids[..., :end] if ids else None))
+            return torch.cat(outputs, dim=2)  # (B, H, T/N, D)
+
+        return attend
+
+    def pairs_per_rank(self, positions: Tensor) -> list[int]:
+        """How many pairs of query and key each rank of a team computes for a sequence with these positions (T,)."""
+        by_chunk = (positions + 1).view(2 * self.size, -1).sum(dim=1)[self.order]  # a query at p sees p + 1 keys
+        return by_chunk.view(self.size, 2).sum(dim=1).tolist()
+
+class _GatherSequence(torch.autograd.Function):
+    """A rank's chunks (B, G, T/N, D) -> those of the whole team in the order of the sequence, (B, G, T, D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, context: ContextParallel) -> Tensor:
+        ctx.context, ctx.dtype = context, x.dtype
+        parts = [x.contiguous() if at == context.index else torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for at in range(context.size)]
+        start_all_gather(parts, context.group)() if context.size > 1 else None
+        by_chunk = dict(zip(context.order, (half for part in parts for half in part.chunk(2, dim=2))))
+        return torch.cat([by_chunk[chunk] for chunk in range(2 * context.size)], dim=2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        context = ctx.context
+        halves = grad.to(torch.promote_types(ctx.dtype, torch.float32)).chunk(2 * context.size, dim=2)  # adds in 32
+        parts = [torch.cat([halves[chunk] for chunk in context.order[2 * at : 2 * at + 2]], dim=2)
+                 for at in range(context.size)]
+        if context.size > 1:
+            start_reduce_scatter(parts, parts[context.index], context.group)()
+        return parts[context.index].to(ctx.dtype), None
+
+# --- 11. Running it: two processes against one ---
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run function(ranks, *args) in world_size new processes on this machine, and return their results in rank order.

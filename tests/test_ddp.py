@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 import ddp
+import flash
+from model import ModelConfig, TransformerLM, make_attention
 
 RankError = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
 OURS = ("naive", "flat", "individual", "bucketed")
@@ -690,3 +693,110 @@ def test_torchrun_restarts(attempt, tmp_path):
 
 if __name__ == "__main__":
     worker(sys.argv[1], Path(sys.argv[2]))
+
+
+# --- context parallelism ---
+
+
+def packed(length: int, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Positions (T,) and segment ids (2, T) or None of a batch of two rows."""
+    if what == "one document":
+        return torch.arange(length), None
+    ids = torch.stack([torch.arange(length) * 3 // length, torch.arange(length) // 7])
+    if what == "padding":
+        ids[1, -length // 5 :] = -1
+    return flash.positions_in_segments(ids), ids
+
+
+def rank_context(ranks: ddp.Ranks, size: int, zigzag: bool, window: int | None, what: str, local: str) -> dict:
+    torch.manual_seed(ranks.rank // size)  # a team shares its sequences
+    length, heads, groups = 24 * size, 6, 2
+    q = torch.randn(2, heads, length, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, groups, length, 8, dtype=torch.float64) for _ in range(2))
+    grad = torch.randn_like(q)
+    positions, ids = packed(length, what)
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = flash.reference_attention(*whole, dtype=torch.float64, positions=positions, segment_ids=ids,
+                                         window=window)[0]
+    expected.backward(grad)
+    context = ddp.ContextParallel(size, zigzag=zigzag)
+    attend = context.attention(partial(flash.flash_attention, window=window, backend=local))
+    mine = [context.split(x, 2).clone().requires_grad_() for x in (q, k, v)]
+    here, ids_here = context.begin(positions=positions, segment_ids=ids)
+    out = attend(*mine, positions=here, segment_ids=ids_here)
+    out.backward(context.split(grad, 2))
+    pairs = [(a.detach(), context.split(b.detach(), 2))
+             for a, b in ((out, expected), *((x.grad, y.grad) for x, y in zip(mine, whole)))]
+    return {"errors": [float((a - b).abs().max()) for a, b in pairs], "largest": float(expected.abs().max())}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_context_parallel_equals_one_process(world_size):
+    """Attention over a split sequence, forward and backward, is that of one process to 1e-12 in float64."""
+    cases = [(size, zigzag, window, what, local)
+             for size in {2, world_size} for zigzag in (True, False) for window in (None, 11)
+             for what in ("one document", "documents", "padding") for local in ("reference", "tiles")]
+    for case, result in zip(cases, run_each(rank_context, world_size, cases)[-1]):
+        assert result["largest"] > 0.1, f"{case}: attention returned nothing"
+        assert max(result["errors"]) < 1e-12, f"{case}: output, dq, dk, dv differ by {result['errors']}"
+
+
+def rank_context_training(ranks: ddp.Ranks, size: int, documents: bool) -> dict:
+    """Three steps of a small model over teams of `size`, beside the same steps on one process."""
+    config = ModelConfig(vocab_size=50, context_length=32, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2)
+    teams = ranks.world_size // size
+    losses: dict[str, list[float]] = {"split": [], "whole": []}
+    for name in losses:
+        context = ddp.ContextParallel(size if name == "split" else 1)
+
+        def local(q, k, v, **places):
+            return make_attention("naive", **places)(q, k, v)
+
+        torch.manual_seed(0)
+        model = TransformerLM(config, attention=context.attention(local) if name == "split" else None)
+        wrapped = ddp.wrap(model, "bucketed") if name == "split" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(3):
+            rng = torch.Generator().manual_seed(step)
+            tokens = torch.randint(50, (2 * teams, 33), generator=rng)
+            ids = flash.segment_ids_from_tokens(tokens[:, :-1], 7) if documents else None
+            positions = flash.positions_in_segments(ids) if documents else torch.arange(32)
+            if name == "split":
+                rows = slice(2 * context.team, 2 * context.team + 2)
+                inputs, targets, here, ids = context.begin(
+                    tokens[rows, :-1], tokens[rows, 1:], positions=positions[rows] if documents else positions,
+                    segment_ids=ids[rows] if documents else None)
+            else:
+                inputs, targets, here = tokens[:, :-1], tokens[:, 1:], positions
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(wrapped(inputs, positions=here, segment_ids=ids).flatten(0, 1),
+                                               targets.flatten())
+            loss.backward()
+            if name == "split":
+                wrapped.finish_gradient_synchronization()
+                loss = ddp.all_reduce_sum(loss) / ranks.world_size
+            optimizer.step()
+            losses[name].append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_context_parallel_training(world_size):
+    """Training over split sequences, alone or beside data parallelism, has one process's losses within 1e-5."""
+    cases = [(size, documents) for size in {2, world_size} for documents in (False, True)]
+    for case, losses in zip(cases, run_each(rank_context_training, world_size, cases)[-1]):
+        assert losses["split"] == pytest.approx(losses["whole"], abs=1e-5), f"teams of {case}"
+
+
+def test_zigzag_balances_the_work(monkeypatch):
+    """Zig-zag chunks give every rank of one document the same number of pairs; consecutive chunks do not."""
+    monkeypatch.setattr(ddp, "get_world_size", lambda: 4)
+    monkeypatch.setattr(ddp.dist, "new_group", lambda ranks: None)
+    for zigzag, least, most in ((True, 1.0, 1.1), (False, 1.5, 2.0)):
+        pairs = ddp.ContextParallel(4, zigzag=zigzag).pairs_per_rank(torch.arange(1000 * 8))
+        assert sum(pairs) == 8000 * 8001 // 2, "the ranks together compute every pair below the diagonal"
+        assert least <= max(pairs) / (sum(pairs) / 4) <= most, pairs
+    with pytest.raises(ValueError, match="do not divide into teams of 3"):
+        ddp.ContextParallel(3)
+    with pytest.raises(ValueError, match="100 tokens do not divide into 2 x 4 chunks: take a multiple of 8"):
+        ddp.ContextParallel(4).split(torch.zeros(2, 100))
