@@ -201,8 +201,8 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
 
     A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
-    a timeout, and look there: for a reason, for a rank that had already finished (its data ran out first), and for
-    ranks that stay silent for `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting.
+    a timeout, and look there: for a reason, for a rank that has finished early, and for ranks that stay silent for
+    `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting.
     """
     if get_world_size() == 1:
         return _reason(error)
@@ -302,12 +302,8 @@ def all_reduce_sum(value: Tensor | float) -> Tensor | float:
     return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 def token_loss_scale(num_tokens: int) -> float:
-    """What each rank multiplies its *summed* loss by, so that averaged gradients are those of the mean over tokens.
-
-    Ranks may hold different numbers of tokens (padding, ignored targets); then the mean of their means is not the mean.
-    With loss_r = world_size / total_tokens * (the sum over rank r's tokens) the average over the ranks is
-
-        1/W * (loss_0 + ... + loss_{W-1}) = (the sum over all tokens) / total_tokens.
+    """What each rank multiplies its *summed* loss by, so that averaged gradients are those of the mean over tokens:
+    where ranks hold different numbers of them (padding, ignored targets), the mean of their means is not the mean.
 
     num_tokens counts this rank's tokens in all micro-batches of the step; call it once, before the first of them.
     """
@@ -504,10 +500,8 @@ class DDPIndividual(DDPNaive):
             return
         if parameter in self.ready:  # its first value is on the way already
             name = next(name for name, p in self.module.named_parameters() if p is parameter)
-            raise RuntimeError(
-                f"a second gradient for {name} before finish_gradient_synchronization(): wrap all micro-batches but "
-                "the last in no_sync(), and use checkpointing with use_reentrant=False"
-            )
+            raise RuntimeError(f"a second gradient for {name} before finish_gradient_synchronization(): wrap "
+                               "micro-batches but the last in no_sync(), use checkpointing with use_reentrant=False")
         self._add(parameter)
 
     def _add(self, parameter: nn.Parameter) -> None:
@@ -573,8 +567,8 @@ class DDPBucketed(DDPIndividual):
     """Larger groups: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
 
     How large? With s bytes in all, a network of w bytes/s and a fixed cost of o seconds per message, n buckets leave
-    the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes.
-    tests/bench_ddp.py holds that against measurements.
+    the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes
+    (measured by tests/bench_ddp.py).
     """
 
     def __init__(self, module: nn.Module, bucket_size_mb: float | None = 25.0, *, ordered: bool = False) -> None:
@@ -595,7 +589,7 @@ class DDPTorch(DistributedDataParallel):
         pass
 
 def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, ordered: bool = False,
-         find_unused_parameters: bool = False) -> nn.Module:  # fmt: skip
+         find_unused_parameters: bool = False) -> nn.Module:
     """The module in the data-parallel wrapper called `mode`. The module itself, its names untouched, is at `.module`.
 
     find_unused_parameters is torch's, which raises without it when a step leaves a parameter unused (a mixture of
@@ -612,12 +606,8 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, o
     if mode != "torch":
         return {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
     check_same_model(module)
-    wrapped = DDPTorch(
-        module,
-        bucket_cap_mb=1e6 if bucket_size_mb is None else bucket_size_mb,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=find_unused_parameters,
-    )
+    wrapped = DDPTorch(module, bucket_cap_mb=1e6 if bucket_size_mb is None else bucket_size_mb,
+                       gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
     wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
     return wrapped
 
@@ -746,8 +736,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
-            _rank_main, (function, world_size, folder, timeout_s, args), world_size, join=False, start_method=method
-        )
+            _rank_main, (function, world_size, folder, timeout_s, args), world_size, join=False, start_method=method)
         deadline = time.monotonic() + timeout_s + 10  # the ranks' own timeout comes first, and knows more
         while not context.join(max(0.0, deadline - time.monotonic()), grace_period=3):
             if time.monotonic() >= deadline:
@@ -767,35 +756,30 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
     except Exception as error:
         raise RuntimeError(explain_failure(error)) from error
 
-def _demo_collectives(ranks: Ranks) -> dict[str, Any]:
-    """Each collective on four numbers, and the bytes per rank that it takes for a million."""
+COLLECTIVES = {  # name -> what starts it on a tensor and its pieces, one for each rank
+    "broadcast": lambda tensor, pieces: lambda: dist.broadcast(tensor, 0),
+    "all_reduce": lambda tensor, pieces: start_all_reduce(tensor),
+    "reduce_scatter": lambda tensor, pieces: start_reduce_scatter(pieces, pieces[get_rank()]),
+    "all_gather": lambda tensor, pieces: start_all_gather(pieces),
+}
 
-    def run(name: str, tensor: Tensor) -> Tensor:
+def _demo_collective(ranks: Ranks, name: str) -> tuple[list[float], float]:
+    """The collective on four numbers, and the bytes per rank that it takes for a million."""
+
+    def run(tensor: Tensor) -> Tensor:
         pieces = list(tensor.tensor_split(ranks.world_size))
-        start = {
-            "broadcast": lambda: lambda: dist.broadcast(tensor, 0),
-            "all_reduce": lambda: start_all_reduce(tensor),
-            "reduce_scatter": lambda: start_reduce_scatter(pieces, pieces[ranks.rank]),
-            "all_gather": lambda: start_all_gather(pieces),
-        }[name]
-        start()()
+        COLLECTIVES[name](tensor, pieces)()
         return pieces[ranks.rank] if name == "reduce_scatter" else tensor
 
-    return {
-        name: {
-            "numbers": run(name, torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist(),
-            "sent": min(measure_bytes_sent(lambda: run(name, torch.ones(2**20))) for _ in range(3)),  # noqa: B023
-        }
-        for name in ("broadcast", "all_reduce", "reduce_scatter", "all_gather")
-    }
+    numbers = run(torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist()
+    return numbers, min(measure_bytes_sent(lambda: run(torch.ones(2**20))) for _ in range(3))
 
-def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: str, options: dict) -> dict[str, Any]:
+def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
     """A few optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
     torch.manual_seed(0)
     layers = [module for _ in range(8) for module in (nn.Linear(300, 300), nn.LayerNorm(300), nn.GELU())]
-    model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, **options)
+    model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, bucket_size_mb=0.5, ordered=ordered)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sent = []
 
     def compute_gradients(step: int) -> None:
         for number in range(ranks.rank, num_micro_batches, ranks.world_size):
@@ -805,6 +789,7 @@ def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: s
             (loss * ranks.world_size / num_micro_batches).backward()
         model.finish_gradient_synchronization()
 
+    sent = []
     for step in range(num_steps):
         optimizer.zero_grad()
         sent.append(measure_bytes_sent(lambda: compute_gradients(step)))  # noqa: B023
@@ -819,33 +804,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
     parser.add_argument("--world_size", type=int, default=2, choices=(2, 4), help="number of processes (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each rung (default 5)")
-    parser.add_argument("--bucket_size_mb", type=float, default=0.5, help="of the bucketed rungs (default 0.5)")
     parser.add_argument("--ordered", action="store_true", help="add in rank order: same bits at any world size")
     args = parser.parse_args(argv)
-    if args.steps < 1 or not args.bucket_size_mb > 0:
-        parser.error(f"--steps {args.steps} and --bucket_size_mb {args.bucket_size_mb} must both be positive")
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be positive")
     world_size = args.world_size
 
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
-    by_rank = run_ranks(_demo_collectives, world_size)
-    for name, result in by_rank[0].items():
+    for name in COLLECTIVES:
+        by_rank = run_ranks(_demo_collective, world_size, name)
+        numbers = " | ".join(" ".join(f"{number:g}" for number in numbers) for numbers, _ in by_rank)
         formula = bytes_sent_per_rank(name, 4 * 2**20, world_size)
-        numbers = " | ".join(" ".join(f"{number:g}" for number in other[name]["numbers"]) for other in by_rank)
-        print(f"{name:16}{formula / 1e6:8.2f}{result['sent'] / 1e6:10.2f}   {numbers}")
+        print(f"{name:16}{formula / 1e6:8.2f}{by_rank[0][1] / 1e6:10.2f}   {numbers}")
 
-    options = {"bucket_size_mb": args.bucket_size_mb, "ordered": args.ordered}
-    [alone] = run_ranks(_demo_training, 1, args.steps, world_size, "naive", options)
+    [alone] = run_ranks(_demo_training, 1, args.steps, world_size, "naive", args.ordered)
     num_bytes = sum(4 * parameter.numel() for parameter in alone["parameters"])
     formula = bytes_sent_per_rank("all_reduce", num_bytes, world_size)
     print(f"\n{args.steps} steps of AdamW: {world_size} processes against one that accumulates their micro-batches")
-    print(f"gradients: {len(alone['parameters'])} tensors, {num_bytes / 1e6:.2f} MB; ", end="")
-    print(f"by formula each rank sends {formula / 1e6:.2f} MB a step")
+    print(f"{len(alone['parameters'])} gradients, {num_bytes / 1e6:.2f} MB; formula: {formula / 1e6:.2f} MB a rank")
     print(f"{'--ddp':12}{'max difference':>16}{'messages':>10}{'of them early':>15}{'MB sent per rank':>18}")
-    for mode in MODES:
-        if mode == "torch" and args.ordered:
-            continue
-        result = run_ranks(_demo_training, world_size, args.steps, world_size, mode, options)[0]
+    for mode in MODES[: -1 if args.ordered else None]:  # torch's adds in an order of its own
+        result = run_ranks(_demo_training, world_size, args.steps, world_size, mode, args.ordered)[0]
         difference = max((a - b).abs().max().item() for a, b in zip(alone["parameters"], result["parameters"]))
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")
