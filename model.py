@@ -509,9 +509,11 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)  # (B, T, C)
 
     def forward(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None, cache:
-                KVCache | None = None) -> Tensor:
-        """Logits (B, T, V); the arguments are those of forward_hidden."""
-        return self.lm_head(self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache))
+                KVCache | None = None, head: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (B, T, V), or what `head` makes of hidden states (B, T, C) and lm_head's weight (V, C); the other
+        arguments are those of forward_hidden."""
+        x = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
+        return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
 # --- 7. What it costs: parameters, FLOPs, memory ---
 
