@@ -33,6 +33,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,34 +41,12 @@ import torch
 from torch import Tensor
 
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
-from ddp import RankFailure, Ranks, all_reduce_sum, end_distributed, explain_failure, init_distributed, on_rank_0, wrap
-from model import PRESETS, ModelConfig, TransformerLM, count_parameters, flops_per_token, option, training_memory
+from ddp import ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
+from ddp import explain_failure, init_distributed, on_rank_0, wrap
+from model import PRESETS, ModelConfig, TransformerLM, count_parameters, document_places, flops_per_token
+from model import make_attention, option, training_memory
 
 # --- 1. The loss ---
-
-class CrossEntropy(torch.autograd.Function):
-    """log(sum_v exp(x_v)) - x_target for every token, with its gradient written out: softmax(x) - onehot(target).
-
-    Left to autograd, each of the five operations keeps or makes another tensor of tokens x vocabulary; by hand one is
-    kept, exp(x - max), and the backward pass is one product. On the laptop preset this saves an eighth of a step.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        largest = logits.amax(dim=-1, keepdim=True).float()  # (..., 1): exp of the rest cannot overflow
-        exps = torch.sub(logits.float(), largest).exp_()  # (..., V)
-        total = exps.sum(dim=-1, keepdim=True)  # (..., 1)
-        ctx.save_for_backward(exps, total, targets)
-        ctx.dtype = logits.dtype
-        return (total.log() + largest - logits.gather(-1, targets.unsqueeze(-1)).float()).squeeze(-1)  # (...)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        exps, total, targets = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)  # (..., 1)
-        grad_logits = exps * (grad / total)  # (..., V): the softmax part
-        return grad_logits.scatter_add_(-1, targets.unsqueeze(-1), -grad).to(ctx.dtype), None
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean.
@@ -87,8 +66,54 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -
     """
     assert logits.shape[:-1] == targets.shape, f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}"
     assert reduction in ("mean", "none"), f"reduction is 'mean' or 'none', not {reduction!r}"
-    losses = CrossEntropy.apply(logits, targets)  # (...)
+    scores = logits.float() - logits.detach().amax(dim=-1, keepdim=True).float()  # (..., V): no exp above 1
+    losses = scores.exp().sum(dim=-1).log() - scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
     return losses.mean() if reduction == "mean" else losses
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """cross_entropy(hidden @ weight.T, targets), a chunk of tokens at a time: the logits of all never exist.
+
+    A mean has one number as its gradient, so everything else can be computed on the way forward, while a chunk's logits
+    are in the cache: with p = softmax(logits), d logits = (p - onehot(target)) / tokens, and from it
+
+        d hidden = d logits @ weight        d weight = sum over chunks of  d logits.T @ hidden
+
+    backward() only multiplies both by that one number. Loss and head take 0.6 of the plain way's time on the laptop
+    preset (two cores; 0.85 at 10,000 tokens of vocabulary and d_model 512), and memory for one chunk of logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, C), weight (V, C), targets (N,) -> a scalar."""
+        device = hidden.device.type  # a function of one's own is not cast by autocast
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        narrow, loss = weight.to(half), hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for first in range(0, len(targets), chunk):
+            x, target = hidden[first : first + chunk].to(half), targets[first : first + chunk, None]  # (n, C), (n, 1)
+            scores = (x @ narrow.T).float()  # (n, V)
+            scores -= scores.amax(dim=-1, keepdim=True)
+            loss -= scores.gather(-1, target).sum()
+            exps = scores.exp_()  # (n, V)
+            total = exps.sum(dim=-1, keepdim=True)  # (n, 1)
+            loss += total.log().sum()
+            grad = exps.div_(total * len(targets))  # (n, V): the softmax part
+            grad = grad.scatter_add_(-1, target, torch.full_like(total, -1 / len(targets))).to(half)
+            grad_hidden[first : first + chunk] = grad @ narrow  # (n, C)
+            grad_weight += grad.T @ x  # (V, C)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / len(targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """The mean cross-entropy of a linear layer's logits: hidden (..., C), weight (V, C), targets (...) -> a scalar."""
+    chunk = chunk or (4096 if hidden.is_cuda else 512)  # tokens: enough for the matrix products, little for the cache
+    return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
 
 # --- 2. The optimizers ---
 
@@ -369,7 +394,8 @@ def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: 
     return ValidationSet(batches, token_bytes, sum(len(row) - 1 for row in rows), floor)
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks) -> dict:
+def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
+             places_of: Callable[[Tensor], dict] = lambda inputs: {}) -> dict:
     """Mean loss over the validation tokens (nats per token) and the same surprise per byte of text, in bits and nats.
 
     Per-byte numbers compare models with different tokenizers; per-token ones do not. The ranks share the batches.
@@ -379,8 +405,9 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
     for inputs, targets in validation.batches[ranks.rank :: ranks.world_size]:
         scored = targets >= 0
         num_bytes += int(validation.token_bytes[targets[scored]].sum())
+        inputs = torch.from_numpy(inputs).to(device)  # (B, T)
         with autocast():
-            logits = model(torch.from_numpy(inputs).to(device))  # (B, T, V)
+            logits = model(inputs, **places_of(inputs))  # (B, T, V)
             losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), reduction="none")  # (B, T)
         nats += losses.cpu().double().numpy()[scored].sum()
     model.train()
@@ -525,6 +552,8 @@ class Place:
     ddp: str = option("none", "how several processes share gradients, see ddp.py",
                       choices=("none", "naive", "flat", "individual", "bucketed", "torch"))
     bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
+    ordered: bool = option(False, "add gradients in the order of the ranks: the same bits on any number of them")
+    context_parallel: int = option(1, "neighbouring processes that read one sequence together, see ddp.py")
     dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
     wandb: bool = option(False, "log to Weights & Biases, too")
     plot: bool = option(False, "draw loss.png at the end (needs matplotlib)")
@@ -532,8 +561,9 @@ class Place:
     overfit_one_batch: bool = option(False, "train on one batch: the loss must fall to nearly 0")
 
     def __post_init__(self):
-        if not (self.bucket_size_mb > 0 and self.dist_timeout > 0 and (self.num_workers or 1) > 0):
-            raise UserError("--bucket_size_mb, --dist_timeout and --num_workers must be greater than 0")
+        for name in ("bucket_size_mb", "context_parallel", "dist_timeout", "num_workers"):
+            if not (getattr(self, name) is None or getattr(self, name) > 0):
+                raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
 
 # What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
 # of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
@@ -699,10 +729,13 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     dtype = pick_dtype(config.dtype, device, model_config)
     if ranks.world_size > 1 and place.ddp == "none":
         raise UserError(f"{ranks.world_size} processes need a way to share gradients: add --ddp bucketed")
-    num_slices = ranks.world_size * config.grad_accum_steps
+    if ranks.world_size % place.context_parallel or model_config.context_length % (2 * place.context_parallel):
+        raise UserError(f"--context_parallel {place.context_parallel} must divide the {ranks.world_size} processes, "
+                        f"and twice of it --context_length {model_config.context_length}")
+    num_slices = ranks.world_size // place.context_parallel * config.grad_accum_steps
     if config.batch_size % num_slices:
-        raise UserError(f"--batch_size {config.batch_size} does not divide into {ranks.world_size} processes x "
-                        f"{config.grad_accum_steps} micro-batches: take a multiple of {num_slices}")
+        raise UserError(f"--batch_size {config.batch_size} does not divide into {num_slices} slices (processes / "
+                        f"--context_parallel x --grad_accum_steps): take a multiple of {num_slices}")
     if place.dry_run:
         return dry_run(model_config, config, device, say) or 0
 
@@ -722,19 +755,30 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if data.dataset == "stories" != config.dataset:  # it stood in for tinystories, and a resumed run asks for it
         config.dataset, config.data_bytes = "stories", min(config.data_bytes or GENERATED_BYTES, GENERATED_BYTES)
     train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
+    end_of_text_id = tokenizer.token_ids.get(END_OF_TEXT.encode(), -1)
+    has_documents = bool(special_tokens) and bool((train_tokens[:1_000_000] == end_of_text_id).any())
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
     starts, by_document = None, special_tokens and data.dataset in ("stories", "arithmetic")
     if num_starts(train_tokens, model_config.context_length) and by_document:
-        ends = train_tokens[: -model_config.context_length] == tokenizer.token_ids[END_OF_TEXT.encode()]
+        ends = train_tokens[: -model_config.context_length] == end_of_text_id
         starts = np.flatnonzero(ends) if ends.any() else None
     validation = validation_set(val_tokens, tokenizer, context_length=model_config.context_length,
                                 batch_size=max(1, 8192 // model_config.context_length), max_tokens=config.eval_tokens,
                                 by_document=by_document)
 
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
+    context = ContextParallel(place.context_parallel)
+    def places_of(inputs: Tensor) -> dict:
+        """What the model is told of the places of whole rows: with --doc_mask, where documents begin."""
+        return document_places(inputs, end_of_text_id) if model_config.doc_mask else {}
+
+    def local_attention(q: Tensor, k: Tensor, v: Tensor, **places) -> Tensor:
+        return make_attention(model_config.attention, **places)(q, k, v)
+
     torch.manual_seed(config.seed)  # the same parameters on every rank
-    model = TransformerLM(model_config).to(device)
+    spread = context.attention(local_attention) if context.size > 1 else None
+    model = TransformerLM(model_config, attention=spread).to(device)
     groups = parameter_groups(model, config.weight_decay, muon=config.optimizer == "muon")
     optimizer = {"adamw": AdamW, "muon": Muon}[config.optimizer](groups, lr=config.lr, betas=(0.9, config.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
@@ -754,7 +798,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         torch.set_rng_state(payload.get("rng", torch.get_rng_state()))  # though every step seeds its own
     module = torch.compile(model) if config.compile else model
     if ranks.world_size > 1:
-        module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb)
+        module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
 
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
     log = None
@@ -792,7 +836,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         last = step >= config.max_steps
         seconds = seconds_before + pause - started
         if recording and step != resumed_at and (step % config.eval_interval == 0 or last):
-            scores = evaluate(module, validation, device, autocast, ranks)
+            model.attention = None  # without gradients each rank has room for whole sequences
+            scores = evaluate(module, validation, device, autocast, ranks, places_of)
+            model.attention = spread
             say(evaluation_line(step, config.max_steps, scores, validation.floor))
             if log is not None:
                 log.write(step=step, tokens=step * tokens_per_step, seconds=seconds, **scores)
@@ -803,7 +849,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             save_checkpoint(model, optimizer, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                             scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                             tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
-                            tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state())
+                            tokenizer_hash=tokenizer.hash(), documents=has_documents, rng=torch.get_rng_state())
             for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                 old.unlink()
         interval_started += time.perf_counter() - pause  # the pause is not the training's speed
@@ -820,16 +866,21 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         for micro in range(config.grad_accum_steps):
             # Slice number s of the batch is the same sequences with the same dropout, whoever computes it: rank s of
             # many processes or micro-batch s of one. So two processes equal one, to the last bit.
-            s = ranks.rank * config.grad_accum_steps + micro
+            s = context.team * config.grad_accum_steps + micro
             rows = slice(s * config.batch_size // num_slices, (s + 1) * config.batch_size // num_slices)
             rng = np.random.default_rng((config.seed, step if recording else 1))
             inputs, targets = get_batch(train_tokens, config.batch_size, model_config.context_length, device, rng=rng,
                                         rows=rows, starts=starts, vocab_size=model_config.vocab_size)  # (B, T)
-            seed_dropout(config.seed, step, s)
+            places = places_of(inputs)
+            if context.size > 1:
+                inputs, targets, *split = context.begin(inputs, targets, **places)
+                places = dict(zip(("positions", "segment_ids"), split))
+            seed_dropout(config.seed, step, s * context.size + context.index)
             sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
             with contextlib.nullcontext() if sending or ranks.world_size == 1 else module.no_sync():
                 with autocast():
-                    micro_loss = cross_entropy(module(inputs), targets) / config.grad_accum_steps
+                    micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
+                    micro_loss = micro_loss / config.grad_accum_steps
                 scaler.scale(micro_loss).backward()
             losses.append(micro_loss.detach())
         if ranks.world_size > 1:
