@@ -50,6 +50,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -303,14 +304,16 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
                 target += window
     return list(zip(borders, borders[1:] + [size]))
 
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
     """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
 
     By default one worker for each processor; few tasks, or one worker, are done in this process. A worker that dies
     is an error, not a hang.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(num_workers or processors, len(tasks))
+    num_workers = min(num_workers or processors(), len(tasks))
     if num_workers == 1 or len(tasks) <= 2:
         yield from (function(shared, *task) for task in tasks)
         return
@@ -362,19 +365,27 @@ class Progress:
             print(" " * 99, end="\r", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """A full disk or a forbidden place is the user's to mend, in whatever stage it shows."""
+    try:
+        yield
+    except OSError as error:
+        advice = "make room or choose another place, and run again"
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
+
+@contextlib.contextmanager
 def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name and none of the content
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room or choose another place") from error
+        with _room_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name and none of the content
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -386,9 +397,10 @@ def write_json(path: Path, facts: dict) -> None:
 def read_json(path: Path) -> dict:
     """A small file of ours; nothing when it is missing or damaged, so that the stage that writes it runs again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        facts = None
+    return facts if isinstance(facts, dict) else {}
 
 def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
@@ -418,6 +430,30 @@ def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int |
             saved = time.monotonic()
     return counts
 
+class MergeLog:
+    """Merges in a file, as they come. Each line ends in a checksum of all up to it, so reading stops at any damage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.merges, self.check, sound = path, [], 0, 0
+        with _room_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+b", buffering=0)
+            self.file.seek(0)
+            for line in self.file.read().splitlines(keepends=True):
+                pair, _, check = line.rpartition(b" ")
+                if check != b"%08x\n" % zlib.crc32(pair, self.check):
+                    break
+                self.check = zlib.crc32(pair, self.check)
+                self.merges.append(tuple(bytes.fromhex(token.decode("ascii")) for token in pair.split(b" ")))
+                sound += len(line)
+            self.file.truncate(sound)
+
+    def append(self, pair: Pair) -> None:
+        line = b"%s %s" % tuple(token.hex().encode("ascii") for token in pair)
+        self.check = zlib.crc32(line, self.check)
+        with _room_for(self.path):
+            self.file.write(b"%s %08x\n" % (line, self.check))
+
 def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
     fixed = 256 + len(set(special_tokens))
     if vocab_size < fixed:
@@ -438,29 +474,27 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     num_merges, seconds = num_merges_for(vocab_size, special_tokens), {} if seconds is None else seconds
     text_size(path)
     merges: list[Pair] = []
-    kept_counts = kept_merges = None
+    kept_counts = log = None
     if cache_dir is not None:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256")
         key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
         kept_counts, kept_merges = (Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("json", "merges"))
-        kept_counts.parent.mkdir(parents=True, exist_ok=True)
-        kept_merges.touch()
-        lines = kept_merges.read_text(encoding="ascii").split("\n")[:-1]  # a crash may have cut short what is last
-        merges = [tuple(map(bytes.fromhex, line.split(" "))) for line in lines]
+        log = MergeLog(kept_merges)
+        merges = log.merges
     if len(merges) < num_merges:
         started = time.perf_counter()
         counts = count_words(path, special_tokens, num_workers=num_workers, cache=kept_counts, progress=progress)
         counted = time.perf_counter()
         meter, number = Progress("merging pairs", num_merges, "merges", progress), itertools.count(len(merges) + 1)
-        with open(kept_merges or os.devnull, "w", encoding="ascii", buffering=1) as log:  # line by line
 
-            def tell(pair: Pair, count: int) -> None:
-                log.write(f"{pair[0].hex()} {pair[1].hex()}\n")
-                meter.update(next(number))
-                on_merge(pair, count)
+        def tell(pair: Pair, count: int) -> None:
+            if log:
+                log.append(pair)
+            meter.update(next(number))
+            on_merge(pair, count)
 
-            log.write("".join(f"{left.hex()} {right.hex()}\n" for left, right in merges))
+        with log.file if log else contextlib.nullcontext():
             merges = train_fast(counts, num_merges, merges, tell)
         meter.update(num_merges)
         seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
@@ -693,7 +727,7 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {npy_path} ({error}): {again}") from None
-    if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts["tokens"],):
+    if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts.get("tokens"),):
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
 
@@ -1101,9 +1135,14 @@ def download(url: str, path: Path, *, first_bytes: int | None = None, expected_b
                     raise OSError(f"has {whole:,} bytes, not {expected_bytes or 'some'}")
                 total = min(first_bytes or whole, whole)
                 meter = Progress(f"loading {path.stem}", total)
-                with open(part, "ab" if have else "wb") as file:
+                with _room_for(part):
+                    file = open(part, "ab" if have else "wb", buffering=0)  # what was written is there, come what may
+                with file:
                     while have < total and (data := response.read(min(1 << 18, total - have))):
-                        have += file.write(data)
+                        with _room_for(part):
+                            while data:  # of a full disk the system takes a part
+                                data = data[file.write(data):]
+                        have = file.tell()
                         meter.update(have)
             if have == total:
                 os.replace(part, path)
@@ -1130,9 +1169,14 @@ def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) 
     else:  # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
         download(url, fetched, first_bytes=taken and taken // 2)
     with (gzip.open if url.endswith(".gz") else open)(fetched, "rb") as source, write_atomically(path, "wb+") as target:
-        with contextlib.suppress(EOFError, gzip.BadGzipFile):  # the first part of a packed file ends anywhere
+        try:
             while data := source.read1(min(1 << 18, (taken or size + 1) - target.tell())):
                 target.write(data)
+        except EOFError:  # the first part of a packed file ends anywhere
+            pass
+        except (gzip.BadGzipFile, zlib.error) as error:
+            fetched.unlink()
+            raise UserError(f"what came from {url} is damaged ({error}): run again to load it anew") from None
         if not taken and target.tell() != size:
             raise UserError(f"{url} holds {target.tell():,} bytes of text, not {size:,}: put your own at {path}")
         if taken:
@@ -1271,7 +1315,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
         vocab, merges = train_bpe(texts[0], vocab_size, special_tokens, num_workers=num_workers, progress=True,
                                   cache_dir=folder / "cache", seconds=seconds)
         Tokenizer(vocab, merges, special_tokens).save(tokenizer_dir)
-        write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()})
+        write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(num_workers)})
     tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
     for text, npy in zip(texts, arrays):
         sidecar = npy.with_suffix(".json")
@@ -1284,13 +1328,17 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
 
 # --- 11. The command line ---
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process, without its workers, has held; 0 where the system does not say."""
+def peak_memory_bytes(num_workers: int | None) -> int:
+    """The most that this process and all its workers can have held: each counts as the greatest of them did.
+
+    0 where the system does not say.
+    """
     try:
-        import resource
+        from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
     except ImportError:  # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    units = getrusage(RUSAGE_SELF).ru_maxrss + (num_workers or processors()) * getrusage(RUSAGE_CHILDREN).ru_maxrss
+    return units * (1 if sys.platform == "darwin" else 1024)
 
 def library_sources() -> bytes:
     """A text that is present everywhere: the modules of Python's own library."""
@@ -1310,7 +1358,7 @@ def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], n
     text = read_text(path, *chunks_of(path, special_tokens, 1_000_000)[0])
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
     longest = max(map(b"".join, merges), key=len, default=b"")
-    print(f"{stages}, {peak_memory_bytes() / 1e6:,.0f} MB of memory; longest token {longest!r}")
+    print(f"{stages}, {peak_memory_bytes(num_workers) / 1e6:,.0f} MB of memory; longest token {longest!r}")
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
@@ -1351,7 +1399,13 @@ def report(data_dir: Path) -> str:
     return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one; see the file's top.")
+    parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one; see the file's top.",
+                                     allow_abbrev=False)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
+    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     parser.add_argument("--input", type=Path, help="text to train on (default: the sources of Python's own library)")
     parser.add_argument("--vocab_size", type=int, default=1000, help="bytes and specials too (default: %(default)s)")
     parser.add_argument("--special_tokens", nargs="*", default=[END_OF_TEXT], help="default: %(default)s")
@@ -1359,8 +1413,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_workers", type=int, help="processes (default: one for each processor)")
     parser.add_argument("--show", metavar="TEXT", help="print the pieces of a text")
     parser.add_argument("--report", action="store_true", help="compare the tokenizers and corpora under data/")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
+        if args.num_workers is not None and args.num_workers < 1:
+            parser.error(f"--num_workers {args.num_workers} must be at least 1")
         if args.report:
             print(report(Path("data")))
             return
@@ -1377,7 +1433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"vocab.json, merges.txt and tokenizer.json are in {args.out}/")
         if args.show is not None or not args.out:
             print(pieces_of(tokenizer, "for line in sys.stdin: print(line)" if args.show is None else args.show))
-    except (UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

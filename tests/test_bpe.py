@@ -284,6 +284,23 @@ def test_cache(tmp_path, monkeypatch):
     assert calls and other == train_bpe(path, 350, [END_OF_TEXT])[1] != clean[:93], "another text, other merges"
 
 
+@pytest.mark.parametrize("damage", ["not hex", "flipped", "missing", "foreign", "binary"])
+def test_damaged_merge_cache(tmp_path, damage):
+    """Of a merge cache damaged in the middle what stands before the damage is used, and nothing behind it."""
+    path, cache = tmp_path / "text.txt", tmp_path / "cache"
+    path.write_bytes(some_text(20_000).encode("utf-8"))
+    clean = train_bpe(path, 400, [END_OF_TEXT], cache_dir=cache)[1]
+    (kept,) = cache.glob("*.merges")
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(clean), f"{len(lines)} lines for {len(clean)} merges"
+    broken = {"not hex": [b"what is this?\n"], "flipped": [bytes([lines[40][0] ^ 1]) + lines[40][1:]], "missing": [],
+              "foreign": [b"00 01 00000000\n", lines[40]], "binary": [b"\xff\x00\n"]}[damage]
+    kept.write_bytes(b"".join(lines[:40] + broken + lines[41:]))
+    new = []
+    assert train_bpe(path, 400, [END_OF_TEXT], cache_dir=cache, on_merge=lambda *pair: new.append(pair))[1] == clean
+    assert len(new) == len(clean) - 40 and kept.read_bytes() == b"".join(lines), f"{len(new)} merges were made again"
+
+
 def test_counts_are_kept_as_they_come(tmp_path, monkeypatch):
     """An interrupted count goes on behind the chunks that it had counted."""
     path, cache = tmp_path / "text.txt", tmp_path / "counts.json"
@@ -745,6 +762,45 @@ def test_download_goes_on(tmp_path, serve):
         assert server.requests[0][1] == f"bytes={len(left)}-", f"{server.requests}"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_download_onto_a_full_disk(tmp_path, serve, monkeypatch):
+    """A disk that fills up during a download is one sentence, no change of corpus, and the next run goes on from there.
+
+    The place of the full disk is taken by a limit on the size of files: the system writes up to it, and then refuses.
+    """
+    import resource
+
+    text = (some_text(80_000) + END_OF_TEXT).encode("utf-8")
+    server = serve({"tinystories-train": text, "tinystories-val": text[:5000]})
+    point_downloads(monkeypatch, server)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_001, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*train.download.part \(File too large\): make room or choose"):
+            prepare("tinystories", vocab_size=300, data_dir=tmp_path, say=quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (part,) = tmp_path.rglob("*.part")
+    assert part.read_bytes() == text[:30_001] and not (tmp_path / "stories").exists(), f"{part.stat().st_size}"
+    got = prepare("tinystories", vocab_size=300, data_dir=tmp_path, say=quiet)
+    assert server.requests[-1] == ("/tinystories-train", "bytes=30001-"), f"{server.requests}"
+    assert got.dataset == "tinystories" and got.train_text.read_bytes() == text, "another text"
+
+
+@pytest.mark.parametrize("wrong", ["stream", "check", "no gzip"])
+def test_damaged_gzip(tmp_path, serve, monkeypatch, wrong):
+    """A packed file damaged on its way is one sentence, and the next run loads it anew."""
+    packed = gzip.compress(random.Random(11).randbytes(60_000).hex().encode("ascii"))
+    text = {"stream": packed[:30_000] + bytes(20) + packed[30_020:], "check": packed[:-8] + bytes(8),
+            "no gzip": b"<html>" * 10_000}[wrong]
+    server = serve({"owt-train.gz": packed, "owt-val.gz": packed})
+    point_downloads(monkeypatch, server)
+    server.files["owt-val.gz"] = text
+    with pytest.raises(UserError, match="owt-val.gz is damaged .*: run again to load it anew"):
+        prepare("owt", vocab_size=300, data_dir=tmp_path, say=quiet)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], f"{list(tmp_path.rglob('*'))}"
+
+
 def test_download_failures(tmp_path, serve):
     """Wrong size, missing page, silence and nobody there: an error that says so, and no file under the name."""
     data = random.Random(10).randbytes(90_000)
@@ -907,6 +963,9 @@ def test_main(tmp_path, monkeypatch, capsys):
         ("--input good.txt --vocab_size 200", "vocab_size 200 is too small: bytes and special tokens need 257"),
         ("--out broken", "is damaged or not of a tokenizer"),
         ("--report", "no tokenizer lies under data/"),
+        ("--input good.txt --num_workers -2", "--num_workers -2 must be at least 1"),
+        ("--bad_flag 3", "unrecognized arguments: --bad_flag 3; --help lists the flags"),
+        ("--vocab_size many", "argument --vocab_size: invalid int value: 'many'; --help lists the flags"),
         ("--input good.txt --vocab_size 258 --out good.txt/x", "cannot write good.txt/x/vocab.json (Not a directory)"),
     ],
 )
