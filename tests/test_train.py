@@ -28,6 +28,7 @@ from train import (
     get_batch,
     get_lr_cosine_schedule,
     latest_checkpoint,
+    linear_cross_entropy,
     load_checkpoint,
     read_checkpoint,
     read_log,
@@ -69,6 +70,36 @@ def test_cross_entropy_is_stable():
     assert cross_entropy(logits, torch.tensor([1])).item() == 2e4
     flat = torch.zeros(1, 10_000, dtype=torch.bfloat16)
     assert cross_entropy(flat, torch.tensor([3])).item() == pytest.approx(math.log(10_000), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 17, 400])
+def test_loss_and_head_in_one_pass(chunk):
+    """linear_cross_entropy has the loss and both gradients of torch's linear and cross_entropy, for any chunk."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(3, 17, 8), torch.randn(29, 8), torch.randint(29, (3, 17))
+    ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    loss = linear_cross_entropy(*ours, targets, chunk=chunk)
+    expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*theirs).flatten(0, 1), targets.flatten())
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_loss_and_head_keep_no_logits():
+    """Nothing of the size of the logits is kept for the backward pass, and under autocast the products are bfloat16."""
+    hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(999, 16, requires_grad=True)
+    targets, kept = torch.randint(999, (64,)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_cross_entropy(hidden, weight, targets, chunk=8)
+    assert max(kept) == 999 * 16, f"kept tensors of {kept} numbers, the logits have {64 * 999}"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    exact = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    assert loss.dtype == torch.float32 and 0 < abs(loss.item() - exact.item()) < 0.05, (loss, exact)
+    loss.backward()
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
 
 
 # --- The optimizer ---
@@ -612,30 +643,73 @@ def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
 # --- Several processes ---
 
 
-def torchrun(corpus: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+def torchrun(num_processes: int, *argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *flags(corpus, out, *more)], capture_output=True, text=True, timeout=120,
+    return subprocess.run([*command, "train.py", *argv], capture_output=True, text=True, timeout=120,
                           env=environment, cwd=Path(__file__).parent.parent)
 
 
-def test_two_processes_equal_two_micro_batches(corpus, tmp_path):
-    """torchrun with --ddp bucketed on two processes: the bits of one process that accumulates two micro-batches."""
-    done = torchrun(corpus, tmp_path / "two", "--ddp=bucketed", "--dropout=0.1")
-    assert done.returncode == 0, done.stderr[-2000:]
+def on_one_thread(argv: list[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train.main(flags(corpus, tmp_path / "one", "--grad_accum_steps=2", "--dropout=0.1"))
+    train.main(argv)
     torch.set_num_threads(threads)
-    assert_equal_runs(final_state(tmp_path / "one"), final_state(tmp_path / "two"))
-    a, b = (read_log(tmp_path / out / "cats-1" / "log.jsonl") for out in ("one", "two"))
-    assert [line["train_loss"] for line in a if "train_loss" in line] == [
-        line["train_loss"] for line in b if "train_loss" in line]
+
+
+def losses(out: Path, name: str = "cats-1") -> list[float]:
+    return [line["train_loss"] for line in read_log(out / name / "log.jsonl") if "train_loss" in line]
+
+
+@pytest.mark.parametrize("num_processes, more", [(2, ("--dropout=0.1",)), (4, ("--ordered",))])
+def test_processes_equal_micro_batches(corpus, tmp_path, num_processes, more):
+    """torchrun with --ddp bucketed on N processes: the bits of one process that accumulates N micro-batches."""
+    done = torchrun(num_processes, *flags(corpus, tmp_path / "many", "--ddp=bucketed", *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    on_one_thread(flags(corpus, tmp_path / "one", f"--grad_accum_steps={num_processes}", *more))
+    assert_equal_runs(final_state(tmp_path / "one"), final_state(tmp_path / "many"))
+    assert losses(tmp_path / "one") == losses(tmp_path / "many")
+
+
+def test_resuming_on_another_number_of_processes(corpus, tmp_path):
+    """Stopped on one process with two micro-batches, resumed on two with one each: the losses of one process."""
+    whole, parts = flags(corpus, tmp_path / "whole", "--grad_accum_steps=2"), flags(corpus, tmp_path / "parts")
+    on_one_thread(whole)
+    original, stop_after = train.get_batch, [2 * 3]
+
+    def stopping(*args, **kwargs):
+        stop_after[0] -= 1
+        if stop_after[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "get_batch", stopping)
+        on_one_thread([*parts, "--grad_accum_steps=2"])
+    done = torchrun(2, "--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu",
+                    "--ddp=bucketed", "--grad_accum_steps=1")
+    assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr[-2000:]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_context_parallel_run(corpus, tmp_path):
+    """--context_parallel 2 with --doc_mask: two processes on each sequence have the losses of one, to 1e-5."""
+    text = corpus / "documents.txt"
+    text.write_text("<|endoftext|>".join(TEXT[first : first + 19] for first in range(0, 3000, 19)), encoding="utf-8")
+    run = [f"--dataset={text}" if flag.startswith("--dataset") else flag for flag in flags(corpus, tmp_path / "one")]
+    run = [flag for flag in run if "vocab_size" not in flag] + ["--vocab_size=300", "--doc_mask"]
+    train.main(run)
+    done = torchrun(2, *run[:-1], "--doc_mask", "--ddp=bucketed", "--context_parallel=2", "--run_name=two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (losses(tmp_path / "one", name) for name in ("documents-1", "two"))
+    assert one == pytest.approx(two, abs=1e-5) and len(one) > 3
+    train.main([*run[:-1], "--run_name=open"])
+    assert losses(tmp_path / "one", "open") != pytest.approx(one, abs=1e-3), "--doc_mask changed nothing"
 
 
 def test_two_processes_without_ddp_are_refused(corpus, tmp_path):
     """Several processes with --ddp none would train apart: refused in one sentence by every rank."""
-    done = torchrun(corpus, tmp_path)
+    done = torchrun(2, *flags(corpus, tmp_path))
     assert done.returncode != 0 and "add --ddp bucketed" in done.stderr
 
 
