@@ -265,7 +265,7 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
     def finish() -> None:
         for work in works:
             work.wait()
-        total = received[0].clone()
+        total = received[0].to(output.dtype, copy=True)  # bfloat16 pieces may be added up in float32
         for piece in received[1:]:
             total += piece
         output.copy_(total)
