@@ -3,6 +3,10 @@
     python tests/bench_flash.py mha                                     # forward, at a size that fits the device
     python tests/bench_flash.py mha_bwd --num_segments 12 --json results.json
     python tests/bench_flash.py mha_bwd --batch_size 1 --q_len 131072 --num_heads 32 --num_segments 12     # one H200
+    python tests/bench_flash.py mha_cp_bwd --world_size 4 --q_len 4096     # one sequence over processes, on CPUs
+
+In the modes mha_cp and mha_cp_bwd the contenders are one process with the whole sequence and --world_size processes
+that share it, in zig-zag chunks and in consecutive ones; beside the times stand the pairs computed and bytes sent.
 
 Every contender is forced by name, so none can fall back in silence, and gets its mask ready made: the time to build it
 stands apart. Contenders take turns in rounds; the table shows the median of all calls and, as spread, the smallest
@@ -29,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import ddp  # noqa: E402
 import flash  # noqa: E402
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -219,16 +224,83 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+# --- 4. One sequence over several processes ---
+
+
+def rank_context(ranks: ddp.Ranks, options: dict) -> dict:
+    """Seconds of each round, pairs and bytes: whole on rank 0 alone, then split over all ranks."""
+    args = argparse.Namespace(**options)
+    backward = args.mode == "mha_cp_bwd"
+    (q, k, v), grad, mask = problem(args)
+    local = functools.partial(flash.flash_attention, causal=mask["causal"], window=mask["window"], backend="tiles")
+    ids = mask.get("segment_ids")
+    positions = torch.arange(args.q_len) if ids is None else flash.positions_in_segments(ids)
+    results: dict = {}
+
+    def step(attend: Callable, inputs: list[Tensor], grad: Tensor, *places: Tensor | None) -> None:
+        inputs = [x.detach().requires_grad_(backward) for x in inputs]
+        out = attend(*inputs, positions=places[0], segment_ids=places[1])
+        if backward:
+            torch.autograd.grad(out, inputs, grad)
+
+    cases = {"whole": (ddp.ContextParallel(1), True), "zig-zag": (ddp.ContextParallel(args.world_size), False),
+             "consecutive": (ddp.ContextParallel(args.world_size, zigzag=False), False)}
+    for name in [*cases] * (args.rounds + 1):  # the first round is not counted
+        context, alone = cases[name]
+        split = [context.split(x, 2) for x in (q, k, v, grad)]
+        here = context.begin(positions=positions, segment_ids=ids)
+        run = functools.partial(step, context.attention(local), split[:3], split[3], *here)
+        if alone and ranks.rank:
+            run = list
+        ddp.barrier("a round")
+        own = time.perf_counter()
+        run()
+        own = time.perf_counter() - own
+        ddp.barrier("the end of a round")
+        entry = results.setdefault(name, {"seconds": [], "bytes": []})
+        entry["seconds"].append(own)
+        entry["bytes"].append(ddp.measure_bytes_sent(run))
+        entry["pairs"] = context.pairs_per_rank(positions if positions.dim() == 1 else positions[0])
+    return results
+
+
+def show_context(args: argparse.Namespace) -> list[dict]:
+    by_rank = ddp.run_ranks(rank_context, args.world_size, vars(args), timeout_s=600)
+    share = 2 if args.dtype == "float32" else 1  # gradients travel in float32
+    gathered = args.batch_size * args.num_kv_heads * args.q_len * (args.head_dim + args.value_head_dim) * 2 * share
+    formula = ddp.bytes_sent_per_rank("all_gather", gathered, args.world_size)
+    if args.mode == "mha_cp_bwd":
+        formula += ddp.bytes_sent_per_rank("reduce_scatter", gathered * 2 // share, args.world_size)
+    print(f"{args.mode}: batch {args.batch_size}, {args.q_len} tokens, {args.num_heads} heads on {args.num_kv_heads} "
+          f"of {args.head_dim}, {args.num_segments} documents, {args.world_size} processes, one thread each")
+    print(f"{'':<13}{'ms':>9}{'spread':>20}{'over whole':>12}{'work max/mean':>15}{'MB sent':>9}{'formula':>9}")
+    rows = []
+    for name in by_rank[0]:
+        rounds = [max(times) for times in zip(*(result[name]["seconds"][1:] for result in by_rank))]  # the slowest rank
+        whole = by_rank[0]["whole"]["seconds"][1:]
+        pairs, sent = by_rank[0][name]["pairs"], min(by_rank[0][name]["bytes"])
+        row = {"name": name, "milliseconds": 1000 * statistics.median(rounds), "work": pairs,
+               "over_whole": statistics.median(a / b for a, b in zip(rounds, whole)), "bytes_sent": sent}
+        rows.append(row)
+        spread = f"{1000 * min(rounds):.1f} - {1000 * max(rounds):.1f}"
+        print(f"{name:<13}{row['milliseconds']:9.1f}{spread:>20}{row['over_whole']:12.2f}"
+              f"{max(pairs) * len(pairs) / sum(pairs):15.3f}", end="")
+        print(f"{sent / 1e6:9.2f}{formula / 1e6:9.2f}" if name != "whole" else "")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("mode", choices=["mha", "mha_bwd"], help="forward, or forward and backward")
-    sizes = {"batch_size": (4, 1), "q_len": (8192, 500), "num_heads": (16, 4), "num_kv_heads": (16, 4),
-             "head_dim": (128, 64), "num_segments": (1, 1), "num_pad_tokens": (0, 0), "num_iters": (10, 3),
-             "rounds": (3, 3), "seed": (0, 0)}
+    parser.add_argument("mode", choices=["mha", "mha_bwd", "mha_cp", "mha_cp_bwd"],
+                        help="forward, or forward and backward; cp: one sequence over several processes")
+    sizes = {"batch_size": (4, 1), "q_len": (8192, 500), "num_heads": (16, 4), "head_dim": (128, 64),
+             "num_segments": (1, 1), "num_pad_tokens": (0, 0), "num_iters": (10, 3),
+             "rounds": (3, 3), "seed": (0, 0), "world_size": (2, 2)}
     for name, (gpu, cpu) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=gpu if on_gpu else cpu,
                             help=f"(default: {gpu} on a GPU, {cpu} on a CPU)")
+    parser.add_argument("--num_kv_heads", type=int, help="(default: num_heads)")
     parser.add_argument("--kv_len", type=int, help="(default: q_len)")
     parser.add_argument("--value_head_dim", type=int, help="(default: head_dim)")
     parser.add_argument("--window", type=int, help="(default: none)")
@@ -241,6 +313,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     args = parser.parse_args(argv)
     args.kv_len, args.value_head_dim = args.kv_len or args.q_len, args.value_head_dim or args.head_dim
+    args.num_kv_heads = args.num_kv_heads or args.num_heads
+    if args.mode.startswith("mha_cp"):
+        args.device, args.num_segments = "cpu", max(1, args.num_segments)
+        if args.q_len % (2 * args.world_size) or args.kv_len != args.q_len:
+            parser.error(f"--q_len must be --kv_len and a multiple of {2 * args.world_size}")
+        rows = show_context(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"arguments": vars(args), "results": rows}, indent=1))
+        return
     if args.kv_len != args.q_len and (args.num_segments > 1 or args.num_pad_tokens):
         parser.error("documents and padding need --kv_len equal to --q_len")
     torch.manual_seed(args.seed)
