@@ -22,10 +22,10 @@ The first prints each merge as it is made, and in the end how a line of Python i
     14 tokens: f|or|Ġline|Ġin|Ġsys|.|st|d|in|:|Ġprint|(|line|)
 
 Contents
-    1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
-    2. Training: the definition                6. The tokenizer                 10. Corpora: from a name to token arrays
-    3. Training: the same, faster              7. From text to token arrays     11. The command line
-    4. Long texts: chunks, workers, files      8. A built-in corpus: stories
+    1. Pre-tokens: where a text may be cut     5. Long texts: chunks, workers, files   9. A built-in corpus: stories
+    2. Training: the definition                6. Training on a file                   10. A built-in corpus: arithmetic
+    3. Training: the same, faster              7. The tokenizer                        11. Corpora, to token arrays
+    4. Training: fastest, in arrays            8. From text to token arrays            12. The command line
 """
 
 import argparse
@@ -167,18 +167,11 @@ def heap_order(token: bytes) -> str:
     """
     return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
 
-def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
-               on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
-    """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
-
-    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
-    """
-    merges = list(known_merges)[:num_merges]
-    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
-    ranks = merge_ranks(merges, {token: token_id for token_id, token in enumerate(tokens)})
-    words = [apply_merges(list(word.encode("utf-8")), ranks) for word in word_counts]
+def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
+    """The merges of train_naive at the cost of the changes."""
+    words = [list(word.encode("utf-8")) for word in word_counts]  # token ids
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
     counts, order = list(word_counts.values()), [heap_order(token) for token in tokens]
-
     pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
     words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # may name words that hold it no more
     for index, symbols in enumerate(words):
@@ -187,35 +180,160 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Se
             words_with[pair].append(index)
     heap = [(-count, order[left], order[right], left, right) for (left, right), count in pair_counts.items()]
     heapq.heapify(heap)
-
     while heap and len(merges) < num_merges:
         old_count, _, _, left, right = heapq.heappop(heap)
         count = pair_counts[left, right]
-        if count != -old_count:  # it has changed since: a count that rose has a newer entry, one that fell gets it now
-            if 0 < count < -old_count:
+        if count != -old_count:  # it has fallen since, and is put back where it belongs
+            if count:
                 heapq.heappush(heap, (-count, order[left], order[right], left, right))
             continue
         merged = len(tokens)
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
         order.append(heap_order(tokens[merged]))
-        on_merge(merges[-1], count)
-        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
+        made: set[tuple[int, int]] = set()
         for index in words_with.pop((left, right)):
             old, new = words[index], merge_pair(words[index], (left, right), merged)
             if len(new) == len(old):
                 continue
             words[index] = new
             for pair in zip(old, old[1:]):
-                changes[pair] -= counts[index]
+                pair_counts[pair] -= counts[index]
             for pair in zip(new, new[1:]):
-                changes[pair] += counts[index]
+                pair_counts[pair] += counts[index]
                 if merged in pair:  # this word is on the lists of its other pairs already
                     words_with[pair].append(index)
-        for pair, change in changes.items():
-            pair_counts[pair] += change
-            if change > 0:
-                heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
+                    made.add(pair)
+        for pair in made:
+            heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
+    return merges
+
+# --- 4. Training: fastest, in arrays ---
+#
+# All distinct words stand in one array with borders between them. For "low lower lowest", three, two and one times:
+#
+#     place    0 1 2 3  4 5 6 7 8 9  10 ...
+#     token    l o w |  l o w e r |  l o w e s t |     | is the byte 255, which no UTF-8 text contains
+#     pair_at  3 4 0 0  3 4 6 1 0 0  3 4 6 2 5 0 0     number of the pair that begins here; 0: none
+#     weight   3 3 3 3  2 2 2 2 2 2  1 1 1 1 1 1 1     how often the word occurs
+#
+# Pair 4 is "o w": counts[4] is 6, the sum of its weights, and places[first[4] : first[5]] are 1, 5, 11, where it was
+# seen when it got its number. As many has "l o", but "o w" is greater. The merged token is written at its places, the
+# places behind them go out of use, and before and after link those that still stand:
+#
+#     token    l ow . |  l ow . e r |  l ow . e s t |
+#     pair_at  8 0  0 0  8 7  0 1 0 0  8 7  0 2 5 0 0  7 and 8 are new: "ow e" and "l ow"
+#
+# So a merge is a handful of operations on its own places. Nothing is looked up: pair_at says which counts fall, and a
+# new pair always holds the new token, so that sorting brings its places together. Hence no count ever rises, and only
+# the pairs above a threshold need to stand in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
+
+BORDER_BYTE = 255
+
+def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
+                     on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
+    """The merges of train_naive. on_merge hears of each new one and its count.
+
+    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
+    """
+    if not word_counts:
+        return []
+    text = ("\udcff".join(word_counts) + "\udcff").encode("utf-8", "surrogateescape")  # \udcff becomes the byte 255
+    token, size = np.frombuffer(text, np.uint8).astype(np.int32), len(text)
+    lengths = np.diff(np.flatnonzero(token == BORDER_BYTE), prepend=-1)
+    weight = np.repeat(np.fromiter(word_counts.values(), np.int64, len(word_counts)), lengths)
+    # subtle: before place 0 comes -1, to NumPy the last place, which is a border as it should be
+    before, after = np.arange(-1, size - 1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
+    pair_at = np.zeros(size, np.int32)
+    # A merge brings at most two new pairs for each place it takes. Memory that is never written costs nothing.
+    places, most = np.empty(3 * size, np.int32), 65_537 + 2 * size
+    counts, first = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
+    left, right = np.zeros(most, np.int32), np.zeros(most, np.int32)
+    num_pairs = 1
+    tokens = [bytes([byte]) for byte in range(256)]
+    order = [heap_order(token) for token in tokens]
+    heap: list[tuple[int, str, str, int]] = []
+    ids, merges, threshold = {token: token_id for token_id, token in enumerate(tokens)}, [], 1 << 62
+    born = [1] * 256  # token -> number of the first of the pairs that came with it
+
+    def add_pairs(keys: np.ndarray, at: np.ndarray) -> tuple[slice, np.ndarray]:
+        """Number the pairs at these places, one for each different key. Returns the numbers and their keys."""
+        codes = (keys.astype(np.int64) << 32) | at
+        codes.sort()  # by key, then by place
+        at, keys = codes.astype(np.int32), codes >> 32
+        begins = np.ones(len(keys), bool)
+        np.not_equal(keys[1:], keys[:-1], out=begins[1:])
+        heads, end = np.flatnonzero(begins), first[num_pairs]
+        new = slice(num_pairs, num_pairs + len(heads))
+        if len(heads):
+            counts[new] = np.add.reduceat(weight[at], heads)
+            pair_at[at] = np.cumsum(begins) + (num_pairs - 1)
+            first[new], first[new.stop], places[end : end + len(at)] = end + heads, end + len(at), at
+        return new, keys[heads]
+
+    def push(numbers: np.ndarray) -> None:
+        for count, a, b, pair in zip(*(x[numbers].tolist() for x in (counts, left, right)), numbers.tolist()):
+            heapq.heappush(heap, (-count, order[a], order[b], pair))
+
+    def most_frequent() -> int:
+        nonlocal threshold
+        while True:
+            while heap:
+                count, _, _, pair = heap[0]
+                if counts[pair] == -count:
+                    return pair
+                heapq.heappop(heap)
+                if counts[pair] >= threshold:
+                    push(np.array([pair]))
+            greatest = counts[:num_pairs].max()
+            if greatest <= 0:
+                return 0  # no pair is left
+            threshold = max(1, greatest * 3 // 4)
+            push(np.flatnonzero(counts[:num_pairs] >= threshold))
+
+    def known_pair(pair: Pair) -> int:
+        """Its number is one of those that came with the younger of its tokens; 0 if this text does not make it."""
+        a, b = (ids.get(token, -1) for token in pair)
+        young = max(a, b, 255)
+        start, end = born[max(a, b)], born[young + 1] if young + 1 < len(born) else num_pairs
+        found = np.flatnonzero((left[start:end] == a) & (right[start:end] == b))
+        return start + int(found[0]) if len(found) and counts[start + found[0]] > 0 else 0
+
+    places_of_pairs = np.flatnonzero((token[:-1] != BORDER_BYTE) & (token[1:] != BORDER_BYTE))
+    new, keys = add_pairs(token[places_of_pairs] << 8 | token[places_of_pairs + 1], places_of_pairs)
+    left[new], right[new], num_pairs = keys >> 8, keys & 255, new.stop
+    while len(merges) < num_merges:
+        known = len(merges) < len(known_merges) and known_pair(known_merges[len(merges)])
+        if not (pair := known or most_frequent()):
+            break
+        a, b, merged = int(left[pair]), int(right[pair]), len(tokens)
+        merges.append((tokens[a], tokens[b]))
+        tokens.append(tokens[a] + tokens[b])
+        order.append(heap_order(tokens[merged]))
+        ids[tokens[merged]] = merged
+        born.append(num_pairs)
+        if not known:
+            on_merge(merges[-1], int(counts[pair]))
+        at = places[first[pair] : first[pair + 1]]
+        at = at[pair_at[at] == pair]  # some have been merged with their other neighbour since
+        if a == b:  # a a a holds two such pairs, of which the first is merged: in each run every second one
+            index = np.arange(len(at))
+            begins = np.append(True, after[at[:-1]] != at[1:])
+            at = at[(index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0]
+        gone = after[at]
+        beyond = after[gone]
+        np.subtract.at(counts, pair_at[gone], weight[at])
+        token[at], after[at], before[beyond] = merged, beyond, at
+        pair_at[gone] = pair_at[at] = counts[pair] = 0
+        ahead = before[at]
+        ahead = ahead[(token[ahead] != BORDER_BYTE) & (token[ahead] != merged)]  # the rest is on the other side
+        np.subtract.at(counts, pair_at[ahead], weight[ahead])
+        at = at[token[beyond] != BORDER_BYTE]
+        keys = np.append(token[ahead] * 2, token[after[at]] * 2 + 1)  # odd: the merged token is on the left
+        new, keys = add_pairs(keys, np.append(ahead, at))
+        odd, keys = keys & 1 == 1, keys >> 1
+        left[new], right[new], num_pairs = np.where(odd, merged, keys), np.where(odd, keys, merged), new.stop
+        push(new.start + np.flatnonzero(counts[new] >= threshold))
     return merges
 
 def merge_ranks(merges: Iterable[Pair], token_ids: Mapping[bytes, int]) -> dict[tuple[int, int], tuple[int, int]]:
@@ -251,7 +369,7 @@ def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, 
                 heapq.heappush(heap, (ranks[pair][0], first, pair))
     return [symbol for symbol in symbols if symbol >= 0]
 
-# --- 4. Long texts: chunks, workers, files ---
+# --- 5. Long texts: chunks, workers, files ---
 
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 
@@ -406,7 +524,7 @@ def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
     return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
-# --- 5. Training on a file ---
+# --- 6. Training on a file ---
 
 def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int) -> dict[str, int]:
     return count_pretokens(read_text(path, start, end), special_tokens)
@@ -495,7 +613,7 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
             on_merge(pair, count)
 
         with log.file if log else contextlib.nullcontext():
-            merges = train_fast(counts, num_merges, merges, tell)
+            merges = train_vectorized(counts, num_merges, merges, tell)
         meter.update(num_merges)
         seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
     merges = merges[:num_merges]
@@ -505,7 +623,7 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
 
-# --- 6. The tokenizer ---
+# --- 7. The tokenizer ---
 
 def printable_bytes() -> dict[int, str]:
     """GPT-2's characters for bytes in text files: printable ones stand for themselves, the other 68 are moved up.
@@ -686,7 +804,7 @@ def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tu
         raise ValueError("no token at all, or one id for several")
     return tokens, [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
 
-# --- 7. From text to token arrays ---
+# --- 8. From text to token arrays ---
 
 def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
     return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
@@ -731,7 +849,7 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
 
-# --- 8. A built-in corpus: stories ---
+# --- 9. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
 #   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row     a list of phrases
@@ -1031,7 +1149,7 @@ def story_nats(text: str) -> float:
         return nats  # the only one: no text has two derivations
     raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
 
-# --- 9. A built-in corpus: arithmetic ---
+# --- 10. A built-in corpus: arithmetic ---
 #
 # Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
 # of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
@@ -1096,7 +1214,7 @@ def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
     for problem in arithmetic_problems(seed, first):
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
 
-# --- 10. Corpora: from a name to token arrays ---
+# --- 11. Corpora, to token arrays ---
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
@@ -1326,7 +1444,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
             say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
 
-# --- 11. The command line ---
+# --- 12. The command line ---
 
 def peak_memory_bytes(num_workers: int | None) -> int:
     """The most that this process and all its workers can have held: each counts as the greatest of them did.

@@ -51,7 +51,7 @@ def some_text(num_bytes: int, seed: int = 0) -> str:
 
 
 def train_on(text: str, vocab_size: int, specials: tuple[str, ...] = (END_OF_TEXT,)) -> Tokenizer:
-    merges = bpe.train_fast(bpe.count_pretokens(text, specials), vocab_size - 256 - len(specials))
+    merges = bpe.train_vectorized(bpe.count_pretokens(text, specials), vocab_size - 256 - len(specials))
     return Tokenizer(dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in merges])), merges, specials)
 
 
@@ -127,21 +127,30 @@ def test_special_tokens_are_hard_boundaries():
 # --- 2, 3. training ---
 
 
+def random_counts(seed: int) -> dict[str, int]:
+    """A few words of few letters: overlaps such as aaaaa, ties, pairs that run out."""
+    rng = random.Random(seed)
+    letters = rng.choice(["a", "ab", "aab", "abcdé", "a你😀"])
+    words = ("".join(rng.choice(letters) for _ in range(rng.randint(1, 15))) for _ in range(rng.randint(1, 9)))
+    return {word: rng.randint(1, 3) for word in words}
+
+
 def test_fast_training_equals_the_definition():
-    """train_fast makes the merges of train_naive, ties and overlaps included, also from known first merges."""
+    """Both faster trainers make the merges of train_naive: ties, overlaps, single letters, texts."""
     for seed in range(250):
-        rng = random.Random(seed)
-        letters = rng.choice(["ab", "aab", "abcdé"])
-        counts = {
-            "".join(rng.choice(letters) for _ in range(rng.randint(1, 12))): rng.randint(1, 3)
-            for _ in range(rng.randint(1, 9))
-        }
+        counts = random_counts(seed)
         naive = bpe.train_naive(counts, 40)
         assert bpe.train_fast(counts, 40) == naive, f"seed {seed}: {counts}"
-        known = rng.randint(0, len(naive))
-        assert bpe.train_fast(counts, 40, naive[:known]) == naive, f"seed {seed} from {known}: {counts}"
-    counts = bpe.count_pretokens(some_text(20_000))
-    assert bpe.train_fast(counts, 150) == bpe.train_naive(counts, 150), "on a text"
+        assert bpe.train_vectorized(counts, 40) == naive, f"seed {seed}: {counts}"
+    for counts in ({}, {"a": 3}, {"aa": 3}, {"a" * length: 1 for length in range(2, 40)}, {"": 1, "ab": 2}):
+        naive = bpe.train_naive(counts, 40)
+        assert bpe.train_fast(counts, 40) == bpe.train_vectorized(counts, 40) == naive, f"{counts}"
+    for text in (some_text(20_000), nasty_text(random.Random(4), 5000)):
+        counts = bpe.count_pretokens(text, [END_OF_TEXT])
+        naive = bpe.train_naive(counts, 150)
+        assert bpe.train_fast(counts, 150) == bpe.train_vectorized(counts, 150) == naive, "on a text"
+    counts = bpe.count_pretokens(some_text(300_000, seed=2))
+    assert bpe.train_fast(counts, 5000) == bpe.train_vectorized(counts, 5000), "to the last pair"
 
 
 def test_ties_go_to_the_greater_byte_strings():
@@ -149,18 +158,30 @@ def test_ties_go_to_the_greater_byte_strings():
     # after the merge (a, b) its id 256 is greater than that of "z", but b"ab" is less than b"z"
     counts = {"ab": 9, "abq": 4, "zq": 4, "\u00ffq": 4}
     expected = [(b"a", b"b"), (b"\xc3", b"\xbf"), (b"\xc3\xbf", b"q"), (b"z", b"q"), (b"ab", b"q")]
-    for train in (bpe.train_naive, bpe.train_fast):
+    prefixes = {"ab": 3, "xabc": 2, "xab": 2, "yab": 2, "yabc": 2}  # a longer string is greater than its beginning
+    for train in (bpe.train_naive, bpe.train_fast, bpe.train_vectorized):
         assert train(counts, 5) == expected, f"{train.__name__}: {train(counts, 5)}"
-    # a longer string is greater than its beginning
-    assert bpe.train_fast({"ab": 3, "xabc": 2, "xab": 2, "yab": 2, "yabc": 2}, 9) == bpe.train_naive(
-        {"ab": 3, "xabc": 2, "xab": 2, "yab": 2, "yabc": 2}, 9
-    ), "prefixes"
+        assert train(prefixes, 9) == bpe.train_naive(prefixes, 9), f"{train.__name__}"
 
 
 def test_known_merges_are_a_prefix():
-    """A shorter training is the beginning of a longer one."""
-    counts = bpe.count_pretokens(some_text(20_000))
-    assert bpe.train_fast(counts, 60) == bpe.train_fast(counts, 200)[:60], "not a prefix"
+    """Training goes on from any known first merges, tells of new ones with their counts, ignores foreign ones."""
+    texts = [random_counts(seed) for seed in range(100)] + [bpe.count_pretokens(some_text(20_000))]
+    for number, counts in enumerate(texts):
+        told: list = []
+        naive = bpe.train_vectorized(counts, 60, on_merge=lambda *made, told=told: told.append(made))
+        assert [pair for pair, _ in told] == naive, f"{number}: {told}"
+        symbols = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
+        for pair, count in told:
+            found = sum(counts[word] * list(zip(parts, parts[1:])).count(pair) for word, parts in symbols.items())
+            assert count == found, f"{number}: {pair} {count} times, but {found}"
+            symbols = {word: bpe.merge_pair(parts, pair, pair[0] + pair[1]) for word, parts in symbols.items()}
+        known, new = random.Random(number).randint(0, len(naive)), []
+        got = bpe.train_vectorized(counts, 60, naive[:known], lambda *made, new=new: new.append(made))
+        assert got == naive and new == told[known:], f"{number} from {known}"
+        assert bpe.train_vectorized(counts, known, naive) == naive[:known], "a shorter training is a beginning"
+        foreign = [*naive[:known], (b"not", b"here"), (b"Q", b"Z")]
+        assert bpe.train_vectorized(counts, 60, foreign) == naive, "a pair that the text has not"
 
 
 def test_applying_merges_equals_replaying_them():
@@ -776,7 +797,7 @@ def test_download_onto_a_full_disk(tmp_path, serve, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_001, before[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*train.download.part \(File too large\): make room or choose"):
+        with pytest.raises(UserError, match=r"cannot write .*train.download.part \(File too large\): make room or"):
             prepare("tinystories", vocab_size=300, data_dir=tmp_path, say=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
