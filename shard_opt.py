@@ -1,0 +1,568 @@
+"""Several processes splitting the memory: every rank keeps a part of what all of them would hold alike.
+
+Under data parallelism each of W ranks holds the same parameters, gradients and optimizer state. The ZeRO stages
+(Rajbhandari et al. 2020) give every number one owner instead, one stage more of them each:
+
+    ZeRO-1   optimizer state          every rank steps its own rows of the parameters, then hands them round
+    ZeRO-2   and gradients            a gradient is summed at its owner only (a reduce-scatter) and dropped elsewhere
+    FSDP     and parameters (ZeRO-3)  a block's weights are gathered when it computes, and freed after it
+
+Who owns what is decided once for all three: lay the parameters end to end and cut the line into W equal runs of rows.
+An optimizer that treats rows apart then computes the same bits on smaller parameters; a probe finds out if it does.
+
+    python shard_opt.py                             what two processes hold and send, and their difference to one
+    torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed --shard_opt zero1
+    torchrun --standalone --nproc-per-node 2 train.py --shard_opt fsdp
+
+    1. Where the bytes go      3. Parts of a whole           5. ZeRO-2 and FSDP: gradients and parameters by owner
+    2. Who owns what           4. ZeRO-1: state by owner     6. One switch, clipping, checkpoints
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddp import DDPNaive, all_reduce_sum, get_rank, get_world_size, start_all_gather, start_reduce_scatter
+
+# --- 1. Where the bytes go ---
+
+def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, float]]:
+    """Bytes per rank, stage by stage, of float32 training with AdamW: 16 a parameter before anything is sharded.
+
+    >>> [sum(parts.values()) for parts in memory_table(1000, 4).values()]
+    [16000.0, 10000.0, 7000.0, 4000.0]
+    """
+    whole = {"parameters": 4.0 * num_parameters, "gradients": 4.0 * num_parameters, "state": 8.0 * num_parameters}
+    sharded = {"none": (), "zero1": ("state",), "zero2": ("gradients", "state"), "fsdp": tuple(whole)}
+    return {stage: {part: size / (world_size if part in parts else 1) for part, size in whole.items()}
+            for stage, parts in sharded.items()}  # fmt: skip
+
+def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What this rank holds at this moment. Storages are counted and not tensors: a view has no memory of its own, but
+    keeps alive all that it looks into."""
+    optimizer = getattr(optimizer, "local", getattr(optimizer, "optim", optimizer))  # inside ours, inside torch's
+    parameters = [*module.parameters(), *(p for unit in getattr(module, "units", ()) for p in unit.parameters)]
+
+    def count(tensors: Iterable[Any]) -> int:
+        storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors if isinstance(t, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    state = count(tree_leaves([*optimizer.state.values()]))
+    return {"parameters": count(parameters), "gradients": count(p.grad for p in parameters), "state": state}
+
+# --- 2. Who owns what ---
+
+@dataclass
+class Shard:
+    """What there is to know of a parameter in parts: its whole shape, and for each rank its rows [first, end)."""
+
+    shape: torch.Size
+    owners: list[tuple[int, int]]
+
+    def rows_of(self, whole: Tensor, rank: int | None = None) -> Tensor:
+        """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
+        first, end = self.owners[get_rank() if rank is None else rank]
+        return whole[first:end] if self.shape else whole if first < end else whole.reshape(1)[:0]
+
+    def first_owner(self) -> int:
+        return next((rank for rank, (first, end) in enumerate(self.owners) if first < end), 0)
+
+def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
+    """Lay the tensors end to end and cut between rows, so that all ranks own equally many numbers.
+
+    `load` is what each rank owns already, and is brought up to date: who has more of that gets less of this.
+
+    >>> [shard.owners for shard in cut_rows([torch.Size([3, 4]), torch.Size([5, 4])], [0, 0])]
+    [[(0, 3), (3, 3)], [(0, 1), (1, 5)]]
+    """
+    total = sum(shape.numel() for shape in shapes)
+    missing = [max((sum(load) + total) / len(load) - amount, 0.0) for amount in load]
+    cuts = [total * amount / (sum(missing) or 1.0) for amount in itertools.accumulate(missing)][:-1]
+    shards, start = [], 0
+    for shape in shapes:
+        num_rows, row_size = (shape[0] if shape else 1), max(shape[1:].numel(), 1)
+        inside = [min(max(round((cut - start) / row_size), 0), num_rows) for cut in cuts]
+        shards.append(Shard(shape, list(itertools.pairwise([0, *inside, num_rows]))))
+        start += shape.numel()
+        for rank, (first, end) in enumerate(shards[-1].owners):
+            load[rank] += (end - first) * row_size
+    return shards
+
+def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
+    """Undivided tensors, the largest first, each to the rank that owns least so far (Graham 1969). The token embeddings
+    alone may be more than one rank's part: so rows are better, where the optimizer allows it."""
+    shards = [Shard(shape, [(0, 0)] * len(load)) for shape in shapes]
+    for shard in sorted(shards, key=lambda shard: -shard.shape.numel()):
+        owner = load.index(min(load))
+        shard.owners[owner] = (0, shard.shape[0] if shard.shape else 1)
+        load[owner] += shard.shape.numel()
+    return shards
+
+def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group: dict[str, Any]) -> bool:
+    """Whether make([group]) moves two blocks of rows as it moves the matrix that they make up: tried out.
+
+    Adam does, number by number. Muon does not (singular values are the whole matrix's), nor Adafactor (it keeps means
+    over rows and columns): cut by rows they would run, and be wrong.
+    """
+    matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
+    matrix = matrix.to(group["params"][0].device)
+
+    def steps(*blocks: Tensor) -> Tensor:
+        parameters = [nn.Parameter(block.clone()) for block in blocks]
+        optimizer = make([{**group, "params": parameters}])
+        optimizer.param_groups[0]["lr"] = 0.1  # one that shows: the group's may be a warm-up's first, 0
+        for number in range(3):
+            for parameter, block in zip(parameters, blocks):
+                parameter.grad = block * (1 + 0.3 * number) + number
+            optimizer.step()
+        return torch.cat([p.detach() for p in parameters])
+
+    try:
+        whole, in_blocks = steps(matrix), steps(matrix[:3], matrix[3:])
+    except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
+        raise ValueError(f"this optimizer cannot be sharded; a step failed: {str(error).splitlines()[0]}") from None
+    # not to the last bit: fused kernels round a tensor's last few numbers in another way
+    return bool((whole - in_blocks).abs().max() <= 1e-4 * (whole - matrix).abs().max())
+
+def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict[str, Any]]) -> set[nn.Parameter]:
+    """The parameters of those groups in which the optimizer needs them undivided (Muon's groups differ)."""
+    needy = [group for group in groups if group["params"] and not treats_rows_apart(make, group)]
+    return {p for group in needy for p in group["params"]}
+
+# --- 3. Parts of a whole ---
+
+class Unit:
+    """Parameters whose rows are exchanged together. p.shard is this rank's rows of a parameter p; p.shard.info a Shard.
+
+    They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it. That
+    makes W messages for all of them, and no copies: the whole parameters are views into the buffer. (There is one for
+    each kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: list[nn.Parameter], load: list[int], whole: set[nn.Parameter],
+                 dtype: torch.dtype | None = None, keep: bool = True) -> None:  # fmt: skip
+        if len(load) == 1:
+            warnings.warn("there is one process, so nothing is sharded: start several with torchrun", stacklevel=3)
+        self.parameters, self.keep = parameters, keep
+        self.buffers: list[tuple[Tensor, list[Tensor], list[nn.Parameter]]] = []  # with its segments and parameters
+        self.arriving: list[Callable[[], Any]] | None = None  # None: what the buffers hold is out of date
+        self.in_backward = False
+        kinds: dict[tuple, list[nn.Parameter]] = {}
+        for p in parameters:
+            kinds.setdefault((p not in whole, dtype or p.dtype, p.device), []).append(p)
+        for kind in sorted(kinds, key=lambda kind: kind[0]):  # whole ones first: rows then fill up what is uneven
+            infos = (cut_rows if kind[0] else own_whole)([p.shape for p in kinds[kind]], load)
+            pairs = sorted(zip(kinds[kind], infos), key=lambda pair: pair[1].first_owner())
+            buffer = torch.empty(sum(p.numel() for p, _ in pairs), dtype=kind[1], device=kind[2])
+            for (p, info), view in zip(pairs, buffer.split([p.numel() for p, _ in pairs])):
+                view = view.view(p.shape).copy_(p)
+                rows = info.rows_of(view) if keep and view.dtype == p.dtype else info.rows_of(p.detach()).clone()
+                p.shard = nn.Parameter(rows.data, p.requires_grad)
+                p.shard.info = info
+                # subtle: set as .data, the view takes on p's version counter and leaves the buffer's, so that autograd
+                # does not see a change when the buffer is filled again between forward and backward
+                p.data = view
+            sizes = [sum(info.rows_of(p, rank).numel() for p, info in pairs) for rank in range(len(load))]
+            self.buffers.append((buffer, list(buffer.split(sizes)), [p for p, _ in pairs]))
+
+    @torch.no_grad()
+    def start_gather(self) -> None:
+        """Put this rank's rows into the buffers and start to exchange them; nothing, if that has been done."""
+        for buffer, segments, parameters in self.buffers if self.arriving is None else ():
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+            for p in parameters:
+                if (rows := p.shard.info.rows_of(p.data)).data_ptr() != p.shard.data_ptr():
+                    rows.copy_(p.shard)
+            self.arriving = [*(self.arriving or ()), start_all_gather(segments)]
+
+    def finish_gather(self) -> None:
+        self.start_gather()
+        while self.arriving:
+            self.arriving.pop()()
+
+    def free(self) -> None:
+        """Give the whole parameters' memory back; if they are kept, only note that they will be out of date.
+
+        subtle: autograd keeps views of the weights from forward to backward, so that dropping the tensors would free
+        nothing. The storage underneath them is emptied instead, and filled again before the backward pass looks.
+        """
+        while self.arriving:
+            self.arriving.pop()()
+        self.arriving = None
+        for buffer, _, _ in self.buffers if not self.keep else ():
+            buffer.untyped_storage().resize_(0)
+
+    def start_reduce(self) -> list[Callable[[], None]]:
+        """Send each rank its rows of this rank's gradients; what is returned waits for the mean of the own rows."""
+        return [self._start_reduce([p for p in ps if p.requires_grad]) for _, _, ps in self.buffers]
+
+    def _start_reduce(self, parameters: list[nn.Parameter]) -> Callable[[], None]:
+        shards, used = [p.shard for p in parameters], [p.grad is not None for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flags = torch.tensor(used, dtype=gradients[0].dtype, device=gradients[0].device)
+        messages = [torch.cat([*(s.info.rows_of(g, rank).reshape(-1) for s, g in zip(shards, gradients)), flags])
+                    for rank in range(get_world_size())]  # fmt: skip
+        for p in parameters:
+            p.grad = None
+        # added in the shards' dtype and divided after the sum: bit for bit the mean of accumulated micro-batches
+        mean = torch.empty_like(messages[get_rank()], dtype=shards[0].dtype)
+        finish_scatter = start_reduce_scatter(messages, mean)
+
+        def finish() -> None:
+            finish_scatter()
+            mean.mul_(1 / get_world_size())
+            *averages, num_users = mean.split([*(shard.numel() for shard in shards), len(shards)])
+            for shard, average, used_here, users in zip(shards, averages, used, num_users):
+                # the flag is read only if this rank did not use the parameter: a GPU would have to be waited for. No
+                # gradient for no rows: then no optimizer makes state for them
+                if shard.numel() and (used_here or users > 0):
+                    average = average.view_as(shard)
+                    shard.grad = average if shard.grad is None else shard.grad.add_(average)
+
+        return finish
+
+def info_of(p: Tensor) -> Shard:
+    """A Shard's description; of a whole parameter, one by which every rank owns all."""
+    return getattr(p, "info", None) or Shard(p.shape, [(0, max([1, *p.shape[:1]]))] * get_world_size())
+
+def whole_of(rows: Tensor, p: Tensor) -> Tensor:
+    """The whole tensor, on every rank, of which each holds its rows: of parameter p, or of something of its shape."""
+    if hasattr(rows, "full_tensor") or not hasattr(p, "info"):  # a part in fully_shard's way; no part
+        return rows.full_tensor() if hasattr(rows, "full_tensor") else rows
+    whole = rows.new_empty(p.info.shape)
+    parts = [p.info.rows_of(whole, rank) for rank in range(get_world_size())]
+    parts[get_rank()].copy_(rows)
+    start_all_gather(parts)()
+    return whole
+
+def part_of(whole: Tensor, p: Tensor) -> Tensor:
+    """The inverse: what this rank keeps of a whole tensor of p's shape."""
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
+    return info_of(p).rows_of(whole).clone()
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """In the order in which torch.optim's state dicts number them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The "state" of a plain torch.optim state dict, from an optimizer over parts: on rank 0, in CPU memory; else {}.
+
+    Tensors of the parameter's shape are put together one at a time, so that no device needs room for all. Of anything
+    else, such as a step count, the first owner's is everyone's: the ranks exchange notes of what they have.
+    """
+    held = [(p, optimizer.state.get(p, {})) for p in parameters_of(optimizer)]
+    notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
+             for p, state in held]  # fmt: skip
+    everyones: list[Any] = [notes] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(everyones, notes)
+    result: dict[int, dict[str, Any]] = {}
+    for index, (p, state) in enumerate(held):
+        for name, value in everyones[info_of(p).first_owner()][index].items():
+            if isinstance(value, torch.dtype):
+                value = whole_of(state[name] if name in state else torch.empty_like(p, dtype=value), p).cpu()
+            if get_rank() == 0:
+                result.setdefault(index, {})[name] = value
+    return result
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
+    """The inverse, at any world size: every rank passes the whole state dict, and its part of it is taken."""
+    mine: dict[int, dict[str, Any]] = {}
+    for index, p in enumerate(parameters_of(optimizer)):
+        first, end = info_of(p).owners[get_rank()]
+        for name, value in whole["state"].get(index, {}).items() if first < end else ():
+            is_part = isinstance(value, Tensor) and value.shape == info_of(p).shape
+            mine.setdefault(index, {})[name] = part_of(value, p) if is_part else value
+    optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
+
+# --- 4. ZeRO-1: state by owner ---
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode:
+
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+
+    Inside is an ordinary optimizer, `local`, over this rank's rows. Its step changes these, in the parameters' buffer,
+    and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank.
+    """
+
+    def __init__(self, params: Iterable, optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any) -> None:
+        self.make, self.load = partial(optimizer_cls, **kwargs), [0] * get_world_size()
+        self.units: list[Unit] = []
+        super().__init__(params, self.make([{"params": []}]).defaults)
+        self.local = self.make(self._shard(self.param_groups))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "local"):  # not yet when torch's constructor adds the first groups
+            self.local.add_param_group(*self._shard(self.param_groups[-1:]))
+
+    def _shard(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same groups, of this rank's rows."""
+        trainable = [p for group in groups for p in group["params"] if p.requires_grad and p.numel()]
+        self.units.append(Unit(trainable, self.load, owned_whole(self.make, groups)))
+        return [{**options_of(group), "params": [getattr(p, "shard", p) for p in group["params"]]} for group in groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the optimizer inside, then the new parameters to everyone. All ranks must hold equal gradients."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for outer, inner in zip(self.param_groups, self.local.param_groups):
+            inner.update(options_of(outer))  # schedulers know the outer groups only
+        sharded = [p for unit in self.units for p in unit.parameters]
+        for p in sharded:
+            p.shard.grad = p.shard.info.rows_of(p.grad) if p.grad is not None and p.shard.numel() else None
+        self.local.step()
+        for p in sharded:
+            p.shard.grad = None  # a view: it would keep the gradients alive when zero_grad() drops them
+        for unit in self.units:
+            unit.free()  # out of date, all of it
+            unit.start_gather()
+        for unit in self.units:
+            unit.finish_gather()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """A state dict of optimizer_cls, whole on rank 0 and without "state" elsewhere. All ranks must call it."""
+        return {**super().state_dict(), "state": whole_optimizer_state(self.local)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a whole state dict, saved at any world size, or by optimizer_cls alone. Every rank passes the same."""
+        super().load_state_dict({**state_dict, "state": {}})
+        load_optimizer_state(self.local, state_dict)
+
+# --- 5. ZeRO-2 and FSDP: gradients and parameters by owner ---
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules directly below this one; in place of a list or sequence those in it."""
+    for child in module.children():
+        is_list = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        yield from blocks_of(child) if is_list else [child]
+
+class FSDP(DDPNaive):
+    """Fully sharded data parallelism: of parameters, gradients and optimizer state each rank holds 1/W.
+
+        model = FSDP(module)
+        optimizer = AdamW(model.parameters(), lr=1e-3)    # over shards: any optimizer that treats rows apart
+        loss(model(x)).backward()
+        model.finish_gradient_synchronization()
+        optimizer.step()
+
+    A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
+    gradients leave for their owners block by block. So all ranks must run the same blocks in the same order, equally
+    often. Parameters that blocks share, or none holds, stay gathered from the beginning of forward to the end of
+    backward. Outside of that the module holds the shards, under its own names.
+
+    compute_dtype   weights travel and compute in it, gradients travel in it and add up in the shards' own dtype
+    keep            ZeRO-2: whole parameters stay in memory, and are refreshed, block by block, in the forward pass
+    whole           parameters that are to have one owner each, for an optimizer that does not treat rows apart
+    no_sync()       says that more micro-batches follow. Their gradients are reduced all the same, as there is no room
+                    for whole ones, and add up in the shards; it saves ZeRO-2 the refreshing
+    """
+
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
+                 whole: Iterable[nn.Parameter] = ()) -> None:  # fmt: skip
+        super().__init__(module)
+        self.compute_dtype, self.keep, self.accumulating, self.is_pending = compute_dtype, keep, False, False
+        self.units: list[Unit] = []  # the first is the root: what no block holds alone
+        self.reduced: list[Unit] = []
+        self.in_flight: list[Callable[[], None]] = []
+        places = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+        home: dict[nn.Parameter, nn.Module | None] = {}
+        for block in dict.fromkeys(blocks_of(module)):
+            home.update((p, None if p in home else block) for p in block.parameters())
+        home.update((p, None) for p in module.parameters(recurse=False))
+        load = [0] * self.world_size
+        for block in dict.fromkeys([None, *home.values()]):
+            unit = Unit([p for p in home if home[p] is block], load, set(whole), compute_dtype, keep)
+            unit.places = [place for place in places if home[place[2]] is block]
+            unit.for_backward = type(block).__name__ != "Embedding"  # the gradient of a lookup needs no weights
+            unit.free()
+            self._expose(unit, whole=False)
+            self.units.append(unit)
+            if block is not None:
+                block.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit))
+                block.register_forward_hook(lambda *args, unit=unit: self._after(unit, args[-1]), always_call=True)
+
+    def _expose(self, unit: Unit, whole: bool) -> None:
+        """Let the modules hold whole parameters, to compute, or the shards, for everyone else."""
+        for owner, name, p in unit.places:
+            owner._parameters[name] = p if whole else p.shard
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.is_pending and not self.accumulating:
+            raise RuntimeError("finish_gradient_synchronization() was not called after the last backward pass")
+        self.finish_gradient_synchronization()  # of the micro-batch before
+        for unit in self.units if not (self.keep and self.accumulating) else ():
+            unit.free()  # an optimizer may have stepped
+        self.accumulating = not self.synchronizing and torch.is_grad_enabled()
+        if self.compute_dtype is not None:
+            inputs, kwargs = tree_map(self._cast, (inputs, kwargs))
+        output = None
+        try:
+            self._before(self.units[0])
+            output = self.module(*inputs, **kwargs)
+        finally:
+            self._after(self.units[0], output)
+        return output
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def _before(self, unit: Unit) -> None:
+        unit.start_gather()
+        position = self.units.index(unit)
+        for following in self.units[position + 1 : position + 2] if not unit.in_backward else ():  # else a checkpoint's
+            following.start_gather()
+        unit.finish_gather()
+        self._expose(unit, whole=True)
+
+    def _after(self, unit: Unit, output: Any) -> None:
+        self._expose(unit, whole=False)
+        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        for tensor in tensors if not unit.in_backward else ():
+            tensor.register_hook(lambda _: self._before_backward(unit))
+        needed_at_once = tensors and unit in (self.units[0], self.units[-1])
+        if not (self.keep or unit.in_backward or needed_at_once):
+            unit.free()
+
+    def _before_backward(self, unit: Unit) -> None:
+        """The gradient of a block's output is complete: so is the work of all blocks after it. (The root ends last.)"""
+        self.is_pending = True
+        position = self.units.index(unit)
+        for done in self.units[:position:-1] if position and not unit.in_backward else ():
+            if done.in_backward:
+                self._reduce(done)
+        unit.in_backward = position > 0
+        for needed in (unit, *self.units[1:position][-1:]):
+            if needed.for_backward:
+                needed.start_gather()
+        if unit.for_backward:
+            unit.finish_gather()
+
+    def _reduce(self, unit: Unit) -> None:
+        unit.in_backward = False
+        if not self.keep:
+            unit.free()
+        self.reduced.append(unit)
+        self.in_flight += unit.start_reduce()
+        while len(self.in_flight) > 4:  # a bound on what waits in memory
+            self.in_flight.pop(0)()
+
+    def finish_gradient_synchronization(self) -> None:
+        """To be called between backward and step: after it each shard holds its rows of the averaged gradient."""
+        for unit in reversed(self.units) if self.is_pending else ():
+            if unit not in self.reduced or any(p.grad is not None for p in unit.parameters):
+                self._reduce(unit)
+        for finish in self.in_flight:
+            finish()
+        self.reduced, self.in_flight, self.is_pending = [], [], False
+
+    def gather_full_params(self) -> dict[str, Tensor]:
+        """The module's state dict with whole parameters, on every rank. All ranks must call it."""
+        return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
+
+# --- 6. One switch, clipping, checkpoints ---
+
+MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
+
+class TorchFSDP(DDPNaive):
+    """PyTorch's fully_shard behind the same names: it replaces the parameters by its own sharded tensors."""
+
+    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        super().__init__(module)
+        for part in [*(block for block in blocks_of(module) if list(block.children())), module]:
+            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        self.module.set_requires_gradient_sync(self.synchronizing)
+        return self.module(*inputs, **kwargs)
+
+    def finish_gradient_synchronization(self) -> None:
+        """Nothing is left to do: backward() returns when it is done."""
+
+def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
+          compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:  # fmt: skip
+    """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups.
+
+    zero1 and torch_zero1 leave the module to ddp.py, whose modes reduce its gradients; the other modes wrap it.
+    """
+    groups, make = make_groups(module), partial(optimizer_cls, **kwargs)
+    if mode not in MODES:
+        raise ValueError(f"--shard_opt {mode} is not known: choose one of {', '.join(MODES)}")
+    if mode == "zero1":
+        return module, ShardedOptimizer(groups, optimizer_cls, **kwargs)
+    if mode == "torch_zero1" and get_world_size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
+    whole = owned_whole(make, groups)
+    if mode in ("zero2", "fsdp"):
+        module = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
+    elif mode == "torch_fsdp":
+        if whole:
+            raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
+        # torch's own two do not work without a process group
+        module = TorchFSDP(module, compute_dtype) if get_world_size() > 1 else DDPNaive(module)
+    return module, make(make_groups(getattr(module, "module", module)))
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
+    """Scale the gradients of sharded parameters together so that their l2 norm over all ranks is at most max_l2_norm;
+    returns the norm they had. (By its own rows' norm each rank would scale differently.)"""
+    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
+    norms = torch.stack([g.norm().float() for g in gradients]) if gradients else torch.zeros(1)
+    norm = all_reduce_sum(norms.square().sum()).sqrt()
+    scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
+    return norm
+
+def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plain, whole state dicts of module and optimizer in any mode, on rank 0; ({}, {}) elsewhere. All ranks must
+    call it. Names are the bare module's, and optimizer state is numbered as torch.optim does."""
+    is_first, model_state = get_rank() == 0, {}
+    for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items():
+        whole = whole_of(p.detach(), p)  # one at a time: only rank 0 keeps them
+        model_state.update({name: whole.cpu()} if is_first else {})
+    if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer
+        optimizer.consolidate_state_dict(to=0)
+        return (model_state, optimizer.state_dict()) if is_first else ({}, {})
+    optimizer_state = optimizer.state_dict()
+    if not isinstance(optimizer, ShardedOptimizer):
+        optimizer_state["state"] = whole_optimizer_state(optimizer)
+    return (model_state, optimizer_state) if is_first else ({}, {})
+
+@torch.no_grad()
+def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any],
+                          optimizer_state: dict[str, Any]) -> None:  # fmt: skip
+    """The inverse, at any world size and in any mode, whichever wrote them: every rank passes the whole dicts."""
+    mine = getattr(module, "module", module).state_dict(keep_vars=True)
+    for name, p in mine.items():
+        if name not in model_state or model_state[name].shape != info_of(p).shape:
+            raise ValueError(f"the state is of another model: it has no {name} of shape {tuple(info_of(p).shape)}")
+    for name, p in mine.items():
+        p.copy_(part_of(model_state[name], p))
+    if isinstance(optimizer, ShardedOptimizer) or hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.load_state_dict(optimizer_state)
+    else:
+        load_optimizer_state(optimizer, optimizer_state)
