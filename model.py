@@ -322,6 +322,14 @@ def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = No
 
     return naive if kind == "naive" else sdpa
 
+def document_places(token_ids: Tensor, end_of_text_id: int) -> dict[str, Tensor]:
+    """The positions and segment_ids, both (B, T), with which packed documents neither see nor count each other.
+    To be numbered over whole rows of token_ids (B, T), not their parts; end_of_text_id belongs to what it ends."""
+    from flash import positions_in_segments, segment_ids_from_tokens
+
+    segment_ids = segment_ids_from_tokens(token_ids, end_of_text_id)
+    return {"positions": positions_in_segments(segment_ids), "segment_ids": segment_ids}
+
 # --- 5. The cache for decoding ---
 
 class KVCache:

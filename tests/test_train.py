@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_adamw_is_torchs_to_the_last_bit():
     """25 steps over two groups, one parameter without gradients now and then: the same bits as torch.optim.AdamW."""
     def parameters():
         torch.manual_seed(1)
-        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,), (2, 2, 2))]
+        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,), (2, 2, 2), (701, 401), ())]
 
     ours, theirs = parameters(), parameters()
     groups = lambda ps: [{"params": ps[:1], "weight_decay": 0.2}, {"params": ps[1:], "weight_decay": 0.0, "lr": 3e-3}]  # noqa: E731
@@ -635,9 +636,128 @@ def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
     """A loss that is not a number ends the run with the step, and no checkpoint holds it."""
     with pytest.raises(SystemExit) as stopped:
         train.main(flags(corpus, tmp_path, "--lr=1e30", "--norm=none", "--grad_clip=1e30", "--warmup_steps=0"))
-    assert stopped.value.code == 2 and "the loss is" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "the gradient of " in error and "no checkpoint holds it" in error
     for path in (tmp_path / "cats-1").glob("checkpoint_*.pt"):
         assert all(value.isfinite().all() for value in read_checkpoint(path)["model"].values()), path
+
+
+def poisoned(monkeypatch, step: int) -> None:
+    """Let the batch of one step have a loss that is not a number."""
+    original, calls = train.linear_cross_entropy, []
+
+    def loss(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(calls) == step else 1.0)
+
+    monkeypatch.setattr(train, "linear_cross_entropy", loss)
+
+
+def test_a_step_that_is_not_finite(corpus, tmp_path, capsys, monkeypatch):
+    """A NaN stops the run at its step and names the first bad tensor; --skip_nonfinite passes the step over."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        poisoned(patch, 7)
+        train.main(flags(corpus, tmp_path / "stop"))
+    assert "step 7: the gradient of token_embeddings.weight is not finite" in capsys.readouterr().err
+    assert final_state(tmp_path / "stop")["iteration"] == 5
+    with monkeypatch.context() as patch:
+        poisoned(patch, 7)
+        train.main(flags(corpus, tmp_path / "skip", "--skip_nonfinite"))
+    assert "step 7: the gradient of token_embeddings.weight is not finite, the step is passed over" in (
+        capsys.readouterr().out)
+    final = final_state(tmp_path / "skip")
+    assert final["iteration"] == 10 and all(value.isfinite().all() for value in final["model"].values())
+
+
+def test_a_run_without_a_checkpoint_begins_anew(corpus, tmp_path, capsys):
+    """--resume of a run that was killed before its first checkpoint starts it from the beginning, and equals it."""
+    train.main(flags(corpus, tmp_path))
+    whole = final_state(tmp_path)
+    for path in (tmp_path / "cats-1").glob("checkpoint_*.pt"):
+        path.unlink()
+    train.main(["--resume", f"--out_dir={tmp_path}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
+    assert "no checkpoint yet, so from the beginning" in capsys.readouterr().out
+    assert_equal_runs(final_state(tmp_path), whole)
+    steps = [line["step"] for line in read_log(tmp_path / "cats-1" / "log.jsonl") if "val_loss" in line]
+    assert steps == [0, 5, 10]
+
+
+def test_two_runs_into_one_folder(corpus, tmp_path, capsys):
+    """A folder that another process writes is refused; a process that is gone leaves no lock behind."""
+    train.main(flags(corpus, tmp_path))
+    resume = ["--resume", f"--out_dir={tmp_path}", f"--data_dir={corpus / 'data'}", "--device=cpu", "--max_steps=12"]
+    holder = "import sys, time, train; from pathlib import Path; log = train.RunLog(Path(sys.argv[1]), 10); print()"
+    command = [sys.executable, "-u", "-c", f"{holder}; time.sleep(60)", str(tmp_path / "cats-1")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    other.stdout.readline()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(resume)
+    assert stopped.value.code == 2 and "another process is training this run" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    train.main(resume)
+    assert final_state(tmp_path)["iteration"] == 12
+
+
+def test_report_of_runs(corpus, tmp_path, capsys):
+    """--report sorts runs by their last validation loss and names the settings that differ; --plot draws them."""
+    for name, lr in (("slow", 1e-5), ("quick", 1e-2)):
+        train.main(flags(corpus, tmp_path, f"--lr={lr}", f"--run_name={name}"))
+    capsys.readouterr()
+    train.main(["--report", str(tmp_path / "slow"), str(tmp_path / "quick")])
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["run", "val", "loss", "bits/byte", "step", "tokens", "seconds", "lr", "min_lr"]
+    assert [(row[0], row[-2]) for row in rows] == [("quick", "0.01"), ("slow", "1e-05")]
+    with pytest.raises(SystemExit):
+        train.main(["--report", str(tmp_path / "none")])
+    assert "no run to resume or report" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    picture = train.plot_runs([tmp_path / "slow", tmp_path / "quick"], tmp_path / "runs.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile(corpus, tmp_path, capsys):
+    """--profile times forward, backward and optimizer, writes a trace with these names, and leaves no run."""
+    train.main(flags(corpus, tmp_path, "--profile"))
+    out = capsys.readouterr().out
+    trace = json.loads((tmp_path / "trace_0.json").read_text(encoding="utf-8"))
+    named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    for part in ("forward", "backward", "optimizer"):
+        assert re.search(rf"^{part} +\d+\.\d ms a step$", out, re.M), out
+        assert named.count(part) == 5, f"{part} is {named.count(part)} times in the trace"
+    assert not (tmp_path / "cats-1").exists()
+
+
+def test_arithmetic_is_scored_by_whole_answers():
+    """exact_match is the share of problems that greedy generation solves to the letter, told from brute force."""
+    torch.manual_seed(0)
+    vocab = dict(enumerate(b"%c" % byte for byte in range(256))) | {256: b"<|endoftext|>"}
+    tokenizer = Tokenizer(vocab, [], ["<|endoftext|>"])
+    # A bigram machine in place of a model: what follows each byte, learned from the first two problems alone.
+    texts = ["ab\ncd", "ba\nce", "ab\ncd", "aa\ncd", "bb\nde"]
+    follow = {a: b for a, b in zip(b"\ncd", b"cd" + b"\0")} | {ord("d"): 256}
+    table = torch.full((257, 257), 0.0)
+    for a, b in follow.items():
+        table[a, b] = 9.0
+
+    class Machine(torch.nn.Module):
+        def forward(self, ids):
+            return table[ids]
+
+    ids = np.array([token for text in texts for token in [*text.encode(), 256]] + [97], dtype=np.uint16)
+    validation = train.validation_set(ids, tokenizer, context_length=20, batch_size=2, max_tokens=1000,
+                                      by_document=True, question_end=10)
+    scores = train.evaluate(Machine(), validation, torch.device("cpu"), contextlib.nullcontext, Ranks())
+
+    def solves(text: str) -> bool:
+        question, answer = text.encode().split(b"\n")
+        written, token = [], 10
+        while (token := table[token].argmax().item()) != 256 and len(written) < 9:
+            written.append(token)
+        return bytes(written) == answer
+
+    assert scores["exact_match"] == sum(map(solves, texts)) / len(texts) == 0.6
 
 
 # --- Several processes ---
