@@ -843,7 +843,19 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                                 question_end=tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None)
 
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
+    path, payload, step, seconds_before = latest_checkpoint(folder) if resuming else None, {}, 0, 0.0
+    if resuming and path is None:
+        say(f"{folder}: no checkpoint yet, so from the beginning")
+        resuming = False
+    if resuming:
+        payload = read_checkpoint(path)
+        if payload.get("tokenizer_hash") != tokenizer.hash():
+            raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
+        if payload.get("config") != dataclasses.asdict(model_config):
+            raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
+        step, seconds_before = payload["iteration"], payload.get("seconds", 0.0)
     context = ContextParallel(place.context_parallel)
+
     def places_of(inputs: Tensor) -> dict:
         """What the model is told of the places of whole rows: with --doc_mask, where documents begin."""
         return document_places(inputs, end_of_text_id) if model_config.doc_mask else {}
@@ -857,31 +869,24 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     module = torch.compile(model) if config.compile else model
     make_groups = partial(parameter_groups, weight_decay=config.weight_decay, muon=config.optimizer == "muon")
     optimizer_class, options = {"adamw": AdamW, "muon": Muon}[config.optimizer], {"betas": (0.9, config.beta2)}
-    if place.shard_opt == "none":
-        optimizer = optimizer_class(make_groups(model), lr=config.lr, **options)
-    else:
-        half = dtype if sharded and dtype != torch.float32 else None
-        module, optimizer = shard(module, place.shard_opt, make_groups, optimizer_class, compute_dtype=half,
-                                  lr=config.lr, **options)
-    if ranks.world_size > 1 and not sharded:
-        module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
+    try:
+        if place.shard_opt == "none":
+            optimizer = optimizer_class(make_groups(model), lr=config.lr, **options)
+        else:
+            half = dtype if sharded and dtype != torch.float32 else None
+            module, optimizer = shard(module, place.shard_opt, make_groups, optimizer_class, compute_dtype=half,
+                                      lr=config.lr, **options)
+        if ranks.world_size > 1 and not sharded:
+            module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
+        if resuming:
+            load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
+    except ValueError as error:  # what does not go together, or not with the checkpoint
+        raise UserError(str(error)) from None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
-    step, seconds_before = 0, 0.0
-    path = latest_checkpoint(folder) if resuming else None
-    if resuming and path is None:
-        say(f"{folder}: no checkpoint yet, so from the beginning")
-        resuming = False
     if resuming:
-        payload = read_checkpoint(path)
-        if payload.get("tokenizer_hash") != tokenizer.hash():
-            raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
-        if payload.get("config") != dataclasses.asdict(model_config):
-            raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
-        load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
-        step = payload["iteration"]
-        seconds_before = payload.get("seconds", 0.0)
         scaler.load_state_dict(payload.get("scaler", {}))
         torch.set_rng_state(payload.get("rng", torch.get_rng_state()))  # though every step seeds its own
+    payload = None  # its tensors live in the model and the optimizer now
 
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
     log = None

@@ -812,6 +812,34 @@ def test_resuming_on_another_number_of_processes(corpus, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_shards_of_every_kind(corpus, tmp_path):
+    """Two processes with zero1, zero2 or fsdp train the bits of one, and go on with each other's checkpoints."""
+    options = ("--optimizer=muon", "--max_steps=9")
+    on_one_thread(flags(corpus, tmp_path / "one", "--grad_accum_steps=2", *options))
+    run = flags(corpus, tmp_path / "many", *options)
+    resume = ["--resume", f"--out_dir={tmp_path / 'many'}", f"--data_dir={corpus / 'data'}", "--device=cpu"]
+    for step, mode in ((5, ["--shard_opt=fsdp"]), (7, ["--shard_opt=zero2"]),
+                       (9, ["--shard_opt=zero1", "--ddp=bucketed"])):
+        start = resume if step > 5 else [flag for flag in run if "save_interval" not in flag]
+        done = torchrun(2, *start, *mode, f"--save_interval={step}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = tmp_path / "many" / "cats-1"
+        for path in folder.glob("checkpoint_*.pt"):  # as if this stage had been killed after its first save
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+        assert latest_checkpoint(folder).stem.endswith(str(step)), f"{mode} left {latest_checkpoint(folder)}"
+    assert_equal_runs(final_state(tmp_path / "many"), final_state(tmp_path / "one"))
+    assert losses(tmp_path / "many") == losses(tmp_path / "one")
+
+
+def test_what_does_not_go_together_is_one_sentence(corpus, tmp_path):
+    """Muon with torch_fsdp is refused in one sentence with exit code 2, without a traceback."""
+    done = torchrun(2, *flags(corpus, tmp_path, "--optimizer=muon", "--shard_opt=torch_fsdp"))
+    told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode != 0 and told and all("take --shard_opt fsdp" in line for line in told), done.stderr
+    assert "line" not in "".join(line for line in done.stderr.splitlines() if "train.py" in line and "File" in line)
+
+
 def test_context_parallel_run(corpus, tmp_path):
     """--context_parallel 2 with --doc_mask: two processes on each sequence have the losses of one, to 1e-5."""
     text = corpus / "documents.txt"
