@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bpe import END_OF_TEXT, Tokenizer, UserError
@@ -64,7 +63,26 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     probabilities = torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # (..., V), back in order
     return probabilities / probabilities.sum(dim=-1, keepdim=True)  # (..., V)
 
+def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
+    """One token for each row of (B, V): the one on which a uniform number falls when the probabilities lie side by side
+    on a line. One random number a row, where torch.multinomial takes V: a tenth of a decoding step at V = 10,000.
+
+    >>> p = torch.tensor([[0.0, 0.25, 0.75]]).expand(1000, 3)
+    >>> tokens = draw(p, [torch.Generator().manual_seed(0)] * 1000)
+    >>> [tokens.count(token) for token in range(3)]
+    [0, 254, 746]
+    """
+    ends = probabilities.double().cumsum(dim=-1)  # (B, V)
+    uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])  # (B, 1)
+    return torch.searchsorted(ends, uniform * ends[:, -1:], right=True)[:, 0].tolist()  # B ids
+
 # --- 2. The loop ---
+
+def positions_of(segment_ids: Tensor) -> Tensor:
+    """Positions that start at 0 with each run of equal segment ids, as in training: (B, T) -> (B, T)."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
+    inside = segment_ids == segment_ids.roll(1, dims=1)  # (B, T); the first place of all is no start to cummax's 0
+    return index - index.masked_fill(inside, 0).cummax(dim=1).values  # (B, T)
 
 @torch.inference_mode()
 def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k:
@@ -76,6 +94,9 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
     row has filled the window. `timings` receives tokens and seconds of prefill and decode.
 
+    A model trained with doc_mask reads documents as it was taught them: stop_id belongs to the one that it ends, and
+    what follows sees nothing before itself and counts from position 0.
+
     The model sees the last tokens that fit its context. When the window is full, its last half is kept, read again,
     and grows anew: sliding it by one token would change every position and make a cache worthless.
     With and without the cache the windows, and so the tokens, are the same.
@@ -84,9 +105,12 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     if not all(prompts) or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise ValueError(f"a prompt is empty or holds an id outside 0 .. {vocab_size - 1}: encode it for this model")
     # Prompts are aligned at their right ends, so that every row's next token belongs into the same column.
-    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-    window = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts)])  # (B, T)
-    segment_ids = torch.tensor([[PADDING_SEGMENT_ID] * gap + [0] * len(prompt) for gap, prompt in zip(gaps, prompts)])
+    longest = max(map(len, prompts))
+    window = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])  # (B, T)
+    is_gap = torch.arange(longest) < torch.tensor([[longest - len(prompt)] for prompt in prompts])  # (B, T)
+    boundary = stop_id if model.config.doc_mask and stop_id is not None else -1  # no token has the id -1
+    ends = (window == boundary).long()  # (B, T)
+    segment_ids = (ends.cumsum(dim=1) - ends).masked_fill(is_gap, PADDING_SEGMENT_ID)  # (B, T)
     window, segment_ids = (x[:, -capacity:].to(parameter.device) for x in (window, segment_ids))  # (B, T)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
@@ -98,15 +122,13 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     model.eval()
     for _ in range(max_new_tokens):
         start = time.perf_counter()
-        if cache is None:  # positions count real tokens only: each row as if it stood alone
-            num_new, positions = 1, (segment_ids != PADDING_SEGMENT_ID).cumsum(dim=1) - 1  # (B, T)
-            hidden = model.forward_hidden(window, positions=positions, segment_ids=segment_ids)  # (B, T, C)
-        else:
-            num_new, new = window.shape[1] - cache.length, slice(cache.length, None)
-            hidden = model.forward_hidden(window[:, new], segment_ids=segment_ids[:, new], cache=cache)  # (B, T, C)
+        num_new = 1 if cache is None else window.shape[1] - cache.length
+        new = slice(0 if cache is None else cache.length, None)  # without a cache all tokens are new each time
+        places = dict(positions=positions_of(segment_ids)[:, new], segment_ids=segment_ids[:, new])
+        hidden = model.forward_hidden(window[:, new], **places, cache=cache)  # (B, T, C)
         logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
-        drawn = [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probabilities, generators)]
+        drawn = draw(probabilities, generators)
         kind = "prefill" if timings["prefill_tokens"] == 0 or num_new > 1 else "decode"
         timings[f"{kind}_tokens"] += len(prompts) * num_new
         timings[f"{kind}_seconds"] += time.perf_counter() - start
@@ -115,13 +137,14 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         if all(stopped):
             return
         yield [None if stop else token for stop, token in zip(stopped, drawn)]
+        next_segment = segment_ids[:, -1:] + (window[:, -1:] == boundary)  # (B, 1)
         if window.shape[1] == capacity:  # full: keep the last half and read it again
             half = slice(capacity - capacity // 2, None)
             window, segment_ids = window[:, half], segment_ids[:, half]  # (B, T // 2)
             if cache is not None:
                 cache.reset()
         window = torch.cat([window, torch.tensor(drawn, device=window.device)[:, None]], dim=1)  # (B, T + 1)
-        segment_ids = F.pad(segment_ids, (0, 1), value=0)  # (B, T + 1): a drawn token is no padding
+        segment_ids = torch.cat([segment_ids, next_segment], dim=1)  # (B, T + 1)
 
 # --- 3. Text as it comes ---
 
@@ -197,8 +220,8 @@ def newest_run(out_dir: Path) -> Path:
         raise UserError(f"{out_dir}: no trained run here yet; python train.py makes one")
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
-def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[TransformerLM, Tokenizer]:
-    """Model and tokenizer of a run of train.py, from its newest checkpoint."""
+def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[TransformerLM, Tokenizer, bool]:
+    """Model and tokenizer of a run of train.py, from its newest checkpoint, and whether its text had documents."""
     path = max(folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
     if path is None:
         raise UserError(f"{folder}: no run with a checkpoint here; python train.py makes one, --run names it")
@@ -216,7 +239,7 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
     tokenizer = Tokenizer.load(folder)
     if tokenizer.hash() != payload.get("tokenizer_hash"):
         raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.to(device=device, dtype=dtype).eval(), tokenizer, payload.get("documents", True)
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -265,12 +288,11 @@ def sample(args: argparse.Namespace) -> None:
         modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         args.dtype = "bfloat16" if modern else "float32"
     folder = args.run or newest_run(Path("runs"))
-    model, tokenizer = load_run(folder, device, getattr(torch, args.dtype))
+    model, tokenizer, documents = load_run(folder, device, getattr(torch, args.dtype))
 
-    # A text begins after <|endoftext|>, as in training; a tokenizer without it begins after a line's end.
-    stop_id = tokenizer.token_ids.get(END_OF_TEXT.encode())
-    prompt = tokenizer.encode(args.prompt)
-    prompt = [stop_id, *prompt] if stop_id is not None else prompt or tokenizer.encode("\n")
+    # A text begins after <|endoftext|>, as in training; where training never met that token, after a line's end.
+    stop_id, prompt = tokenizer.token_ids.get(END_OF_TEXT.encode()), tokenizer.encode(args.prompt)
+    prompt = [stop_id, *prompt] if documents and stop_id is not None else prompt or tokenizer.encode("\n")
     print(f"--- {folder}, prompt {args.prompt!r} ---", file=sys.stderr)
     if len(prompt) > (seen := model.config.context_length):
         print(f"the prompt has {len(prompt)} tokens: the model sees the last {seen}", file=sys.stderr)

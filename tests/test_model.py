@@ -38,28 +38,22 @@ from model import (
 SMALL = dict(vocab_size=211, context_length=41, d_model=60, num_layers=3, num_heads=6, num_kv_heads=2, d_ff=76)
 KINDS = ["naive", "sdpa", "flash"]
 
-
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
 
-
 def small_model(**switches) -> TransformerLM:
     return TransformerLM(ModelConfig(**(SMALL | switches))).eval()
 
-
 def random_tokens(*size: int, vocab_size: int = 211) -> torch.Tensor:
     return torch.randint(vocab_size, size)
-
 
 def test_doctests():
     """Every worked example in model.py gives what it says."""
     result = doctest.testmod(model_file)
     assert result.attempted > 10 and result.failed == 0
 
-
 # --- the parts against torch ---
-
 
 def test_softmax_equals_torch_and_survives_large_numbers():
     """softmax is torch.softmax along any dimension, also where exp overflows, gradient included."""
@@ -70,7 +64,6 @@ def test_softmax_equals_torch_and_survives_large_numbers():
     weight = torch.randn(7, 5, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((f(x, -1) * weight).sum(), x)[0] for f in (softmax, torch.softmax))
     torch.testing.assert_close(ours, theirs)
-
 
 def test_layers_equal_torch():
     """Linear, Embedding, RMSNorm, silu and the feed-forward networks equal their torch spellings."""
@@ -91,6 +84,13 @@ def test_layers_equal_torch():
         ffn = FeedForward(12, 20, name)
         torch.testing.assert_close(ffn(x), F.linear(activation(F.linear(x, ffn.w1.weight)), ffn.w2.weight))
 
+@torch.no_grad()
+def test_linear_of_few_rows_is_the_same_product():
+    """Without gradients, products of 1 to 33 rows take another road to the same numbers, in the same layout."""
+    for d_out, shape in product((7, 12), ((12,), (1, 12), (1, 1, 12), (2, 1, 12), (3, 5, 12), (32, 12), (33, 12))):
+        linear, x = Linear(12, d_out).double(), torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(linear(x), F.linear(x, linear.weight))
+        assert linear(x).is_contiguous(), f"{shape} -> {d_out}"
 
 def test_rmsnorm_computes_in_float32():
     """RMSNorm of half-precision input squares in float32 and rounds once, after the gain."""
@@ -101,7 +101,6 @@ def test_rmsnorm_computes_in_float32():
         exact = F.rms_norm(x.double(), (96,), norm.weight.double(), eps=1e-5)
         assert norm(x).dtype == dtype
         torch.testing.assert_close(norm(x), exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
-
 
 def test_attention_definition_equals_torch():
     """scaled_dot_product_attention equals torch's for any leading dimensions, with and without a mask."""
@@ -114,7 +113,6 @@ def test_attention_definition_equals_torch():
             theirs = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=m)[0]
             torch.testing.assert_close(ours, theirs)
 
-
 def test_a_query_without_keys_gets_zeros_and_no_gradient():
     """A fully masked row gives exact zeros, and no NaN reaches any gradient, in each of our attentions."""
     positions, segment_ids = torch.arange(9), torch.tensor([[0] * 4 + [5] * 3 + [PADDING_SEGMENT_ID] * 2] * 2)
@@ -124,7 +122,6 @@ def test_a_query_without_keys_gets_zeros_and_no_gradient():
         assert out[:, :, 7:].abs().max() == 0, f"{kind}: padding must give zeros, got {out[:, :, 7:].abs().max()}"
         for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
             assert gradient.isfinite().all() and gradient[:, :, 7:].abs().max() == 0, kind
-
 
 def test_rope_equals_its_definition():
     """RoPE turns neighbouring pairs by position * theta^(-2i/d), for positions of any shape and in any order."""
@@ -142,6 +139,14 @@ def test_rope_equals_its_definition():
     assert not rope.state_dict(), "the table follows from the configuration and is not saved"
     assert rope(x.bfloat16(), positions).dtype == torch.bfloat16
 
+def test_rope_keeps_its_digits_in_half_precision():
+    """model.bfloat16() rounds the weights, not the turns; in float64 and after meta they are computed anew."""
+    exact = RotaryPositionalEmbedding(10_000.0, 16, 4096).double().cos_sin
+    assert exact.dtype == torch.float64 and (exact.square().sum(-1) - 1).abs().max() < 1e-15
+    for convert in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("meta").to_empty(device="cpu")):
+        rope = convert(RotaryPositionalEmbedding(10_000.0, 16, 4096))
+        assert rope.cos_sin.dtype == torch.float32, f"the table is {rope.cos_sin.dtype}"
+        torch.testing.assert_close(rope.cos_sin, exact.float(), atol=0, rtol=0)
 
 def test_rope_scores_depend_on_distance_only():
     """The product of a turned query and a turned key is the same wherever the two stand at equal distance."""
@@ -149,7 +154,6 @@ def test_rope_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 16).double()
     scores = [rope(q, torch.tensor([p + 7])) @ rope(k, torch.tensor([p])).T for p in (0, 1, 50, 92)]
     torch.testing.assert_close(torch.stack(scores), scores[0].expand(4, 1, 1), atol=1e-5, rtol=0)
-
 
 def test_mask_rule_by_brute_force():
     """attention_mask is: not later, same segment, not padding; for keys of their own positions and segments too."""
@@ -163,7 +167,6 @@ def test_mask_rule_by_brute_force():
     theirs = visible(positions, kv_positions, segments, kv_segments)  # flash.py's rule, written independently
     assert torch.equal(mask[:, 0], theirs)
     torch.testing.assert_close(attention_mask(positions)[:, 0], positions[:, :, None] >= positions[:, None, :])
-
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
 def test_every_attention_equals_naive(num_kv_heads):
@@ -180,7 +183,6 @@ def test_every_attention_equals_naive(num_kv_heads):
             torch.testing.assert_close(sdpa, naive, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(flash, naive, atol=1e-5, rtol=1e-4)
 
-
 def test_self_attention_equals_torch_module():
     """MultiHeadSelfAttention without rotary positions is torch.nn.MultiheadAttention with the same weights."""
     ours, theirs = MultiHeadSelfAttention(24, 3), torch.nn.MultiheadAttention(24, 3, bias=False, batch_first=True)
@@ -191,9 +193,7 @@ def test_self_attention_equals_torch_module():
     later = torch.ones(7, 7, dtype=torch.bool).triu(1)
     torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=later, need_weights=False)[0], atol=1e-5, rtol=1e-4)
 
-
 # --- the whole ---
-
 
 @pytest.mark.peers
 @pytest.mark.parametrize("num_kv_heads", [6, 2])
@@ -243,7 +243,6 @@ def test_llama_in_float64(num_kv_heads, tie_embeddings):
     torch.testing.assert_close(ours_logits, llama_logits, atol=1e-4, rtol=1e-5)
     assert ours_logits.std() > 1, f"logits must be far from zero for this to mean something, std {ours_logits.std()}"
 
-
 def test_state_dict_keys():
     """The keys are the documented ones, weights are (out, in), and tied models hold one tensor under two names."""
     model = small_model(num_layers=1)
@@ -261,14 +260,12 @@ def test_state_dict_keys():
     clone.load_state_dict(tied.state_dict())
     assert clone.token_embeddings.weight is clone.lm_head.weight
 
-
 SWITCHES = [
     dict(norm=norm, pos=pos, ffn=ffn, qk_norm=qk_norm, tie_embeddings=tied)
     for norm, pos, ffn, qk_norm, tied in product(
         ("pre", "post", "none"), ("rope", "none"), ("swiglu", "silu", "relu", "relu2"), (False, True), (False, True)
     )
 ]
-
 
 def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     """The model written a second time, straight from the formulas, with torch's functions only."""
@@ -310,7 +307,6 @@ def reference_logits(config: ModelConfig, weights: dict[str, torch.Tensor], ids:
     x = norm(x, "ln_final") if c.norm == "pre" else x
     return F.linear(x, weights["lm_head.weight"])
 
-
 def test_every_switch_in_float64():
     """Logits equal a second writing of the model for every combination of norm, pos, ffn and qk_norm."""
     for switches in SWITCHES[::2]:
@@ -324,7 +320,6 @@ def test_every_switch_in_float64():
         # The table of turns is float32, hence not 1e-12.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=lambda m, s=switches: f"{s}: {m}")
         assert expected.std() > 0.05, f"{switches}: logits too small to tell anything, std {expected.std()}"
-
 
 def test_first_loss_and_gradients_for_every_switch():
     """For all 96 combinations, with dropout in every third, the first loss is within 0.2 of ln V, every parameter gets
@@ -343,7 +338,6 @@ def test_first_loss_and_gradients_for_every_switch():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{switches}: {name}"
             assert parameter.grad.abs().max() > 0, f"{switches}: {name} gets no gradient"
 
-
 @pytest.mark.parametrize("sizes", [dict(vocab_size=9_973, d_model=72), dict(vocab_size=64, d_model=384)])
 @pytest.mark.parametrize("norm", ["pre", "post", "none"])
 def test_first_loss_at_other_sizes(sizes, norm):
@@ -354,7 +348,6 @@ def test_first_loss_at_other_sizes(sizes, norm):
         with torch.no_grad():
             loss = F.cross_entropy(TransformerLM(config)(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         assert abs(loss.item() - math.log(config.vocab_size)) < 0.2, f"{sizes} {norm} tied {tied}: {loss.item()}"
-
 
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("norm", ["pre", "post", "none"])
@@ -368,7 +361,6 @@ def test_causality(attention, norm):
         before, after = model(ids), model(changed)
     assert torch.equal(before[:, :29], after[:, :29])
     assert (before[:, 29:] != after[:, 29:]).any(dim=-1).all()
-
 
 @pytest.mark.parametrize("attention", KINDS)
 def test_documents_do_not_see_each_other(attention):
@@ -388,7 +380,6 @@ def test_documents_do_not_see_each_other(attention):
     assert restarting.isfinite().all()
     assert (mixed[:, 5:33] - alone[:, 5:]).abs().max() > 1e-3, "without segment ids the documents must mix"
 
-
 def test_positions_of_batches():
     """positions (T,), (1, T) and (B, T) with equal rows are the same; rows may differ."""
     model = small_model()
@@ -400,7 +391,6 @@ def test_positions_of_batches():
         spread = model(ids, positions=torch.stack([positions, 2 * positions]))
     torch.testing.assert_close(spread[0], expected[0])
     assert not torch.allclose(spread[1], expected[1])
-
 
 def test_replaced_attention_is_called_with_grouped_heads():
     """A callable given as `attention` replaces the local one in every layer and gets positions and segment ids."""
@@ -422,7 +412,6 @@ def test_replaced_attention_is_called_with_grouped_heads():
     with pytest.raises(ValueError, match="cannot use a cache"):
         model(ids, cache=KVCache(config, 2))
 
-
 def test_forward_is_head_of_hidden_and_dropout_rests_in_eval():
     """forward is lm_head of forward_hidden; dropout acts in training only and follows the seed."""
     model = small_model(dropout=0.3)
@@ -434,7 +423,6 @@ def test_forward_is_head_of_hidden_and_dropout_rests_in_eval():
     first, second = model(ids), model(ids)
     torch.manual_seed(1)
     assert torch.equal(model(ids), first) and not torch.equal(first, second)
-
 
 def test_autocast_bfloat16():
     """Under autocast the products run in bfloat16, the residual stream and the inside of norms in float32."""
@@ -456,17 +444,14 @@ def test_autocast_bfloat16():
     assert half(ids).dtype == torch.bfloat16
     torch.testing.assert_close(half(ids).float(), logits.float(), atol=0.05, rtol=0.05)
 
-
 def test_too_many_tokens():
     """More tokens than the context length is a sentence with both numbers."""
     with pytest.raises(ValueError, match="42 tokens .* 41"):
         small_model()(random_tokens(1, 42))
 
-
 # --- decoding with a cache ---
 
 DECODING = [dict(), dict(num_kv_heads=6), dict(num_kv_heads=1), dict(pos="none"), dict(norm="post", qk_norm=True)]
-
 
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("switches", DECODING, ids=str)
@@ -491,7 +476,6 @@ def test_cached_decoding_equals_recomputing_everything(switches, attention):
     cache.reset()
     torch.testing.assert_close(model(full[:, -20:], cache=cache), model(full[:, -20:]), atol=1e-5, rtol=1e-4)
 
-
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("switches", DECODING, ids=str)
 @torch.no_grad()
@@ -512,7 +496,6 @@ def test_batch_of_prompts_of_different_lengths(switches, attention):
         next_ids = logits.argmax(dim=-1, keepdim=True)
         assert torch.equal(next_ids[:, 0], expected.argmax(dim=-1))
 
-
 @torch.no_grad()
 def test_cache_with_explicit_positions_and_documents():
     """Positions and segments given to a cached call are used, and the next call goes on after them."""
@@ -525,7 +508,6 @@ def test_cache_with_explicit_positions_and_documents():
     assert cache.positions[:, :9].tolist() == [positions.tolist()] * 2
     torch.testing.assert_close(got, model(ids[:, 4:])[:, 3:], atol=1e-5, rtol=1e-4)
 
-
 def test_cache_memory():
     """bytes_per_token is the growth of keys and values: all heads of k and v, before they are repeated."""
     for num_kv_heads, dtype in ((6, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
@@ -535,16 +517,13 @@ def test_cache_memory():
         assert cache.keys.nbytes + cache.values.nbytes == 5 * 41 * cache.bytes_per_token()
         assert cache.keys.shape == (3, 5, num_kv_heads, 41, 10)
 
-
 def test_cache_for_another_batch():
     """A cache made for another number of rows is refused with both numbers."""
     model = small_model()
     with pytest.raises(ValueError, match="made for 3 rows and got 2"):
         model(random_tokens(2, 5), cache=KVCache(model.config, 3))
 
-
 # --- configuration ---
-
 
 @pytest.mark.parametrize(
     "mistake, words",
@@ -570,7 +549,6 @@ def test_mistakes_in_the_configuration(mistake, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**mistake)
 
-
 def test_d_ff_rule():
     """d_ff None is the nearest multiple of 64 to 8/3 d_model for swiglu and 4 d_model for the others."""
     for d_model in range(8, 5000, 8):
@@ -581,9 +559,7 @@ def test_d_ff_rule():
     assert ModelConfig(d_model=60, num_heads=15, pos="none").head_dim == 4
     assert ModelConfig(d_model=45, num_heads=15, pos="none").head_dim == 3
 
-
 # --- what it costs ---
-
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_of_presets(name):
@@ -593,7 +569,6 @@ def test_parameters_of_presets(name):
         model = TransformerLM(config)
     assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
 
-
 def test_published_parameter_counts():
     """The baseline has 22,696,448 parameters, GPT-2 XL's shape at d_ff 6400 2,127,057,600, Llama-7B's 6,738,415,616."""
     assert ModelConfig(**PRESETS["baseline"]) == ModelConfig(), "the defaults of ModelConfig are the baseline"
@@ -601,7 +576,6 @@ def test_published_parameter_counts():
     assert sum(count_parameters(ModelConfig(**PRESETS["gpt2-xl"], d_ff=6400)).values()) == 2_127_057_600
     assert sum(count_parameters(ModelConfig(**PRESETS["gpt2-xl"])).values()) == 1_640_452_800
     assert sum(count_parameters(ModelConfig(**PRESETS["7b"])).values()) == 6_738_415_616
-
 
 def test_flops_of_gpt2_xl():
     """GPT-2 XL's shape: 4.513e12 forward FLOPs at context 1024 and 1.495e14 at 16384 (d_ff 6400)."""
@@ -611,7 +585,6 @@ def test_flops_of_gpt2_xl():
     assert 16_384 * sum(long.values()) == pytest.approx(1.495e14, rel=1e-3)
     shares = [round(100 * part / sum(short.values()), 1) for part in short.values()]
     assert shares == [22.3, 7.1, 66.9, 3.6]
-
 
 @pytest.mark.parametrize("switches", [dict(), dict(ffn="relu"), dict(tie_embeddings=True, num_kv_heads=6)])
 def test_flops_equal_torchs_counter(switches):
@@ -626,7 +599,6 @@ def test_flops_equal_torchs_counter(switches):
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
     assert counter.get_total_flops() == 2 * expected
-
 
 def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
     """Bytes of the distinct storages that the forward pass keeps for the backward pass, parameters not counted."""
@@ -643,7 +615,6 @@ def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
         logits = model(ids)  # alive until the sum below, and its graph with it: no storage is used twice
     assert logits.untyped_storage().data_ptr() not in saved, "lm_head keeps its input, not its output"
     return sum(saved.values())
-
 
 @pytest.mark.parametrize(
     "switches",
@@ -668,7 +639,6 @@ def test_activation_memory_is_what_autograd_saves(switches):
     measured = bytes_saved_by_autograd(model, random_tokens(7, 39))
     assert measured == pytest.approx(expected, rel=0.02), f"measured {measured}, formula {expected}"
 
-
 def test_other_parts_of_memory():
     """Parameters, gradients and AdamW's moments take 16 bytes a parameter; logits and their gradient 8 V a token."""
     memory = training_memory(ModelConfig(), 32)
@@ -677,9 +647,7 @@ def test_other_parts_of_memory():
     ]
     assert memory["logits"] == 2 * 32 * 256 * 10_000 * 4
 
-
 # --- command line ---
-
 
 def test_tables(capsys):
     """With no flags every preset is shown in lines of at most 120 columns; --preset shows one with its exact totals."""
@@ -695,7 +663,6 @@ def test_tables(capsys):
     assert "22,696,448" in out
     assert f"{sum(training_memory(ModelConfig(), 3, 100).values()):,}" in out
     assert f"{sum(flops_per_token(ModelConfig(), 100).values()):,}" in out
-
 
 @pytest.mark.parametrize(
     "argv, words",
