@@ -93,7 +93,7 @@ def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
         shards.append(Shard(shape, list(itertools.pairwise([0, *inside, num_rows]))))
         start += shape.numel()
         for rank, (first, end) in enumerate(shards[-1].owners):
-            load[rank] += (end - first) * row_size
+            load[rank] += (end - first) * shape[1:].numel()
     return shards
 
 def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
@@ -178,7 +178,8 @@ class Unit:
     def start_gather(self) -> None:
         """Put this rank's rows into the buffers and start to exchange them; nothing, if that has been done."""
         for buffer, segments, parameters in self.buffers if self.arriving is None else ():
-            buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+            if not self.keep:
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
             for p in parameters:
                 if (rows := p.shard.info.rows_of(p.data)).data_ptr() != p.shard.data_ptr():
                     rows.copy_(p.shard)
@@ -203,7 +204,8 @@ class Unit:
 
     def start_reduce(self) -> list[Callable[[], None]]:
         """Send each rank its rows of this rank's gradients; what is returned waits for the mean of the own rows."""
-        return [self._start_reduce([p for p in ps if p.requires_grad]) for _, _, ps in self.buffers]
+        trainable = ([p for p in parameters if p.requires_grad] for _, _, parameters in self.buffers)
+        return [self._start_reduce(parameters) for parameters in trainable if parameters]
 
     def _start_reduce(self, parameters: list[nn.Parameter]) -> Callable[[], None]:
         shards, used = [p.shard for p in parameters], [p.grad is not None for p in parameters]
@@ -435,12 +437,14 @@ class FSDP(DDPNaive):
         self._expose(unit, whole=True)
 
     def _after(self, unit: Unit, output: Any) -> None:
+        if unit.in_backward:
+            return
         self._expose(unit, whole=False)
         tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-        for tensor in tensors if not unit.in_backward else ():
+        for tensor in tensors:
             tensor.register_hook(lambda _: self._before_backward(unit))
         needed_at_once = tensors and unit in (self.units[0], self.units[-1])
-        if not (self.keep or unit.in_backward or needed_at_once):
+        if not (self.keep or needed_at_once):
             unit.free()
 
     def _before_backward(self, unit: Unit) -> None:
@@ -456,9 +460,11 @@ class FSDP(DDPNaive):
                 needed.start_gather()
         if unit.for_backward:
             unit.finish_gather()
+        self._expose(unit, whole=True)  # for a checkpoint that computes a part of it again
 
     def _reduce(self, unit: Unit) -> None:
         unit.in_backward = False
+        self._expose(unit, whole=False)
         if not self.keep:
             unit.free()
         self.reduced.append(unit)
