@@ -14,23 +14,27 @@ An optimizer that treats rows apart then computes the same bits on smaller param
     torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed --shard_opt zero1
     torchrun --standalone --nproc-per-node 2 train.py --shard_opt fsdp
 
-    1. Where the bytes go      3. Parts of a whole           5. ZeRO-2 and FSDP: gradients and parameters by owner
-    2. Who owns what           4. ZeRO-1: state by owner     6. One switch, clipping, checkpoints
+    1. Where the bytes go          4. ZeRO-1: each rank steps its own rows
+    2. Who owns what               5. ZeRO-2 and FSDP: gradients and parameters by owner
+    3. Exchanging rows             6. One switch, clipping, checkpoints
+                                   7. Running it: two processes against one
 """
 
+import argparse
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ddp import DDPNaive, all_reduce_sum, get_rank, get_world_size, start_all_gather, start_reduce_scatter
+from ddp import DDPNaive, Ranks, all_reduce_sum, get_rank, get_world_size, measure_bytes_sent, run_ranks
+
+from ddp import start_all_gather, start_reduce_scatter, wrap  # isort: skip
 
 # --- 1. Where the bytes go ---
 
@@ -46,7 +50,7 @@ def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, fl
             for stage, parts in sharded.items()}  # fmt: skip
 
 def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """What this rank holds at this moment. Storages are counted and not tensors: a view has no memory of its own, but
+    """What this rank holds at this moment. Storages are counted, not tensors: a view holds nothing of its own, but
     keeps alive all that it looks into."""
     optimizer = getattr(optimizer, "local", getattr(optimizer, "optim", optimizer))  # inside ours, inside torch's
     parameters = [*module.parameters(), *(p for unit in getattr(module, "units", ()) for p in unit.parameters)]
@@ -60,51 +64,46 @@ def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 # --- 2. Who owns what ---
 
-@dataclass
-class Shard:
-    """What there is to know of a parameter in parts: its whole shape, and for each rank its rows [first, end)."""
+Owners = list[tuple[int, int]]  # of a parameter: for each rank its rows [first, end)
 
-    shape: torch.Size
-    owners: list[tuple[int, int]]
+def rows_of(whole: Tensor, owners: Owners, rank: int | None = None) -> Tensor:
+    """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
+    first, end = owners[get_rank() if rank is None else rank]
+    return whole[first:end] if whole.ndim else whole if first < end else whole.reshape(1)[:0]
 
-    def rows_of(self, whole: Tensor, rank: int | None = None) -> Tensor:
-        """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
-        first, end = self.owners[get_rank() if rank is None else rank]
-        return whole[first:end] if self.shape else whole if first < end else whole.reshape(1)[:0]
+def first_owner(owners: Owners) -> int:
+    return next((rank for rank, (first, end) in enumerate(owners) if first < end), 0)
 
-    def first_owner(self) -> int:
-        return next((rank for rank, (first, end) in enumerate(self.owners) if first < end), 0)
-
-def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
+def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     """Lay the tensors end to end and cut between rows, so that all ranks own equally many numbers.
 
     `load` is what each rank owns already, and is brought up to date: who has more of that gets less of this.
 
-    >>> [shard.owners for shard in cut_rows([torch.Size([3, 4]), torch.Size([5, 4])], [0, 0])]
+    >>> cut_rows([torch.Size([3, 4]), torch.Size([5, 4])], [0, 0])
     [[(0, 3), (3, 3)], [(0, 1), (1, 5)]]
     """
     total = sum(shape.numel() for shape in shapes)
     missing = [max((sum(load) + total) / len(load) - amount, 0.0) for amount in load]
     cuts = [total * amount / (sum(missing) or 1.0) for amount in itertools.accumulate(missing)][:-1]
-    shards, start = [], 0
+    result, start = [], 0
     for shape in shapes:
-        num_rows, row_size = (shape[0] if shape else 1), max(shape[1:].numel(), 1)
-        inside = [min(max(round((cut - start) / row_size), 0), num_rows) for cut in cuts]
-        shards.append(Shard(shape, list(itertools.pairwise([0, *inside, num_rows]))))
+        num_rows, row_size = (shape[0] if shape else 1), shape[1:].numel()
+        inside = [min(max(round((cut - start) / max(row_size, 1)), 0), num_rows) for cut in cuts]
+        result.append(list(itertools.pairwise([0, *inside, num_rows])))
         start += shape.numel()
-        for rank, (first, end) in enumerate(shards[-1].owners):
-            load[rank] += (end - first) * shape[1:].numel()
-    return shards
+        for rank, (first, end) in enumerate(result[-1]):
+            load[rank] += (end - first) * row_size
+    return result
 
-def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Shard]:
-    """Undivided tensors, the largest first, each to the rank that owns least so far (Graham 1969). The token embeddings
-    alone may be more than one rank's part: so rows are better, where the optimizer allows it."""
-    shards = [Shard(shape, [(0, 0)] * len(load)) for shape in shapes]
-    for shard in sorted(shards, key=lambda shard: -shard.shape.numel()):
+def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
+    """Undivided tensors, the largest first, each to the rank that owns least so far (Graham 1969). That is uneven where
+    one tensor, such as the token embeddings, is more than a rank's part."""
+    result = [[(0, 0)] * len(load) for _ in shapes]
+    for index in sorted(range(len(shapes)), key=lambda index: -shapes[index].numel()):
         owner = load.index(min(load))
-        shard.owners[owner] = (0, shard.shape[0] if shard.shape else 1)
-        load[owner] += shard.shape.numel()
-    return shards
+        result[index][owner] = (0, shapes[index][0] if shapes[index] else 1)
+        load[owner] += shapes[index].numel()
+    return result
 
 def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group: dict[str, Any]) -> bool:
     """Whether make([group]) moves two blocks of rows as it moves the matrix that they make up: tried out.
@@ -115,18 +114,18 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
     matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
     matrix = matrix.to(group["params"][0].device)
 
-    def steps(*blocks: Tensor) -> Tensor:
+    def three_steps(*blocks: Tensor) -> Tensor:
         parameters = [nn.Parameter(block.clone()) for block in blocks]
         optimizer = make([{**group, "params": parameters}])
         optimizer.param_groups[0]["lr"] = 0.1  # one that shows: the group's may be a warm-up's first, 0
-        for number in range(3):
-            for parameter, block in zip(parameters, blocks):
-                parameter.grad = block * (1 + 0.3 * number) + number
+        for _ in range(3):
+            for p in parameters:
+                p.grad = 1 + p.detach()
             optimizer.step()
         return torch.cat([p.detach() for p in parameters])
 
     try:
-        whole, in_blocks = steps(matrix), steps(matrix[:3], matrix[3:])
+        whole, in_blocks = three_steps(matrix), three_steps(matrix[:3], matrix[3:])
     except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
         raise ValueError(f"this optimizer cannot be sharded; a step failed: {str(error).splitlines()[0]}") from None
     # not to the last bit: fused kernels round a tensor's last few numbers in another way
@@ -134,13 +133,13 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
 
 def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict[str, Any]]) -> set[nn.Parameter]:
     """The parameters of those groups in which the optimizer needs them undivided (Muon's groups differ)."""
-    needy = [group for group in groups if group["params"] and not treats_rows_apart(make, group)]
-    return {p for group in needy for p in group["params"]}
+    undivided = [group for group in groups if group["params"] and not treats_rows_apart(make, group)]
+    return {p for group in undivided for p in group["params"]}
 
-# --- 3. Parts of a whole ---
+# --- 3. Exchanging rows ---
 
 class Unit:
-    """Parameters whose rows are exchanged together. p.shard is this rank's rows of a parameter p; p.shard.info a Shard.
+    """Parameters p whose rows are exchanged together; p.shard, a parameter too, is the rows that this rank owns.
 
     They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it. That
     makes W messages for all of them, and no copies: the whole parameters are views into the buffer. (There is one for
@@ -152,26 +151,25 @@ class Unit:
                  dtype: torch.dtype | None = None, keep: bool = True) -> None:  # fmt: skip
         if len(load) == 1:
             warnings.warn("there is one process, so nothing is sharded: start several with torchrun", stacklevel=3)
-        self.parameters, self.keep = parameters, keep
-        self.buffers: list[tuple[Tensor, list[Tensor], list[nn.Parameter]]] = []  # with its segments and parameters
+        self.parameters, self.keep, self.in_backward = parameters, keep, False
         self.arriving: list[Callable[[], Any]] | None = None  # None: what the buffers hold is out of date
-        self.in_backward = False
+        self.buffers: list[tuple[Tensor, list[Tensor], list[nn.Parameter]]] = []  # with its segments and parameters
         kinds: dict[tuple, list[nn.Parameter]] = {}
         for p in parameters:
             kinds.setdefault((p not in whole, dtype or p.dtype, p.device), []).append(p)
         for kind in sorted(kinds, key=lambda kind: kind[0]):  # whole ones first: rows then fill up what is uneven
-            infos = (cut_rows if kind[0] else own_whole)([p.shape for p in kinds[kind]], load)
-            pairs = sorted(zip(kinds[kind], infos), key=lambda pair: pair[1].first_owner())
+            owners = (cut_rows if kind[0] else own_whole)([p.shape for p in kinds[kind]], load)
+            pairs = sorted(zip(kinds[kind], owners), key=lambda pair: first_owner(pair[1]))
             buffer = torch.empty(sum(p.numel() for p, _ in pairs), dtype=kind[1], device=kind[2])
-            for (p, info), view in zip(pairs, buffer.split([p.numel() for p, _ in pairs])):
+            for (p, owners), view in zip(pairs, buffer.split([p.numel() for p, _ in pairs])):
                 view = view.view(p.shape).copy_(p)
-                rows = info.rows_of(view) if keep and view.dtype == p.dtype else info.rows_of(p.detach()).clone()
+                rows = rows_of(view, owners) if keep and view.dtype == p.dtype else rows_of(p, owners).clone()
                 p.shard = nn.Parameter(rows.data, p.requires_grad)
-                p.shard.info = info
+                p.shard.owners, p.shard.whole_shape = owners, p.shape
                 # subtle: set as .data, the view takes on p's version counter and leaves the buffer's, so that autograd
                 # does not see a change when the buffer is filled again between forward and backward
                 p.data = view
-            sizes = [sum(info.rows_of(p, rank).numel() for p, info in pairs) for rank in range(len(load))]
+            sizes = [sum(rows_of(p, owners, rank).numel() for p, owners in pairs) for rank in range(len(load))]
             self.buffers.append((buffer, list(buffer.split(sizes)), [p for p, _ in pairs]))
 
     @torch.no_grad()
@@ -181,7 +179,7 @@ class Unit:
             if not self.keep:
                 buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
             for p in parameters:
-                if (rows := p.shard.info.rows_of(p.data)).data_ptr() != p.shard.data_ptr():
+                if (rows := rows_of(p.data, p.shard.owners)).data_ptr() != p.shard.data_ptr():
                     rows.copy_(p.shard)
             self.arriving = [*(self.arriving or ()), start_all_gather(segments)]
 
@@ -202,69 +200,61 @@ class Unit:
         for buffer, _, _ in self.buffers if not self.keep else ():
             buffer.untyped_storage().resize_(0)
 
-    def start_reduce(self) -> list[Callable[[], None]]:
-        """Send each rank its rows of this rank's gradients; what is returned waits for the mean of the own rows."""
-        trainable = ([p for p in parameters if p.requires_grad] for _, _, parameters in self.buffers)
-        return [self._start_reduce(parameters) for parameters in trainable if parameters]
+def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
+    """Send each rank its rows of this rank's gradients; what is returned waits for the mean of the own rows."""
+    shards, used = [p.shard for p in parameters], [p.grad is not None for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flags = torch.tensor(used, dtype=gradients[0].dtype, device=gradients[0].device)
+    messages = [torch.cat([*(rows_of(g, s.owners, rank).reshape(-1) for s, g in zip(shards, gradients)), flags])
+                for rank in range(get_world_size())]  # fmt: skip
+    for p in parameters:
+        p.grad = None
+    # added in the shards' dtype and divided after the sum: bit for bit the mean of accumulated micro-batches
+    mean = torch.empty_like(messages[get_rank()], dtype=shards[0].dtype)
+    finish_scatter = start_reduce_scatter(messages, mean)
 
-    def _start_reduce(self, parameters: list[nn.Parameter]) -> Callable[[], None]:
-        shards, used = [p.shard for p in parameters], [p.grad is not None for p in parameters]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flags = torch.tensor(used, dtype=gradients[0].dtype, device=gradients[0].device)
-        messages = [torch.cat([*(s.info.rows_of(g, rank).reshape(-1) for s, g in zip(shards, gradients)), flags])
-                    for rank in range(get_world_size())]  # fmt: skip
-        for p in parameters:
-            p.grad = None
-        # added in the shards' dtype and divided after the sum: bit for bit the mean of accumulated micro-batches
-        mean = torch.empty_like(messages[get_rank()], dtype=shards[0].dtype)
-        finish_scatter = start_reduce_scatter(messages, mean)
+    def finish() -> None:
+        finish_scatter()
+        mean.mul_(1 / get_world_size())
+        *averages, num_users = mean.split([*(shard.numel() for shard in shards), len(shards)])
+        for shard, average, used_here, users in zip(shards, averages, used, num_users):
+            # the flag is read only if this rank did not use the parameter: a GPU would have to be waited for. Without
+            # rows there is no gradient either, so that no optimizer makes state
+            if shard.numel() and (used_here or users > 0):
+                average = average.view_as(shard)
+                shard.grad = average if shard.grad is None else shard.grad.add_(average)
 
-        def finish() -> None:
-            finish_scatter()
-            mean.mul_(1 / get_world_size())
-            *averages, num_users = mean.split([*(shard.numel() for shard in shards), len(shards)])
-            for shard, average, used_here, users in zip(shards, averages, used, num_users):
-                # the flag is read only if this rank did not use the parameter: a GPU would have to be waited for. No
-                # gradient for no rows: then no optimizer makes state for them
-                if shard.numel() and (used_here or users > 0):
-                    average = average.view_as(shard)
-                    shard.grad = average if shard.grad is None else shard.grad.add_(average)
+    return finish
 
-        return finish
-
-def info_of(p: Tensor) -> Shard:
-    """A Shard's description; of a whole parameter, one by which every rank owns all."""
-    return getattr(p, "info", None) or Shard(p.shape, [(0, max([1, *p.shape[:1]]))] * get_world_size())
+def owners_of(p: Tensor) -> Owners:
+    """A parameter that is not a shard is owned whole by everyone."""
+    return getattr(p, "owners", [(0, max([1, *p.shape[:1]]))] * get_world_size())
 
 def whole_of(rows: Tensor, p: Tensor) -> Tensor:
-    """The whole tensor, on every rank, of which each holds its rows: of parameter p, or of something of its shape."""
-    if hasattr(rows, "full_tensor") or not hasattr(p, "info"):  # a part in fully_shard's way; no part
-        return rows.full_tensor() if hasattr(rows, "full_tensor") else rows
-    whole = rows.new_empty(p.info.shape)
-    parts = [p.info.rows_of(whole, rank) for rank in range(get_world_size())]
+    """On every rank the whole tensor of which each holds its rows: of parameter p, or of something of its shape."""
+    if not hasattr(p, "owners"):
+        return rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # fully_shard's
+    whole = rows.new_empty(p.whole_shape)
+    parts = [rows_of(whole, p.owners, rank) for rank in range(get_world_size())]
     parts[get_rank()].copy_(rows)
     start_all_gather(parts)()
     return whole
 
 def part_of(whole: Tensor, p: Tensor) -> Tensor:
-    """The inverse: what this rank keeps of a whole tensor of p's shape."""
-    if hasattr(p, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+    """The inverse: a copy of what this rank keeps of a whole tensor of p's shape."""
+    if not hasattr(p, "full_tensor"):
+        return rows_of(whole, owners_of(p)).clone()
+    from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
-    return info_of(p).rows_of(whole).clone()
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """In the order in which torch.optim's state dicts number them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The "state" of a plain torch.optim state dict, from an optimizer over parts: on rank 0, in CPU memory; else {}.
+    """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
 
     Tensors of the parameter's shape are put together one at a time, so that no device needs room for all. Of anything
     else, such as a step count, the first owner's is everyone's: the ranks exchange notes of what they have.
     """
-    held = [(p, optimizer.state.get(p, {})) for p in parameters_of(optimizer)]
+    held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
     notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
              for p, state in held]  # fmt: skip
     everyones: list[Any] = [notes] * get_world_size()
@@ -272,7 +262,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[st
         dist.all_gather_object(everyones, notes)
     result: dict[int, dict[str, Any]] = {}
     for index, (p, state) in enumerate(held):
-        for name, value in everyones[info_of(p).first_owner()][index].items():
+        for name, value in everyones[first_owner(owners_of(p))][index].items():
             if isinstance(value, torch.dtype):
                 value = whole_of(state[name] if name in state else torch.empty_like(p, dtype=value), p).cpu()
             if get_rank() == 0:
@@ -282,14 +272,14 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[st
 def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
     """The inverse, at any world size: every rank passes the whole state dict, and its part of it is taken."""
     mine: dict[int, dict[str, Any]] = {}
-    for index, p in enumerate(parameters_of(optimizer)):
-        first, end = info_of(p).owners[get_rank()]
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        first, end = owners_of(p)[get_rank()]
         for name, value in whole["state"].get(index, {}).items() if first < end else ():
-            is_part = isinstance(value, Tensor) and value.shape == info_of(p).shape
-            mine.setdefault(index, {})[name] = part_of(value, p) if is_part else value
+            is_rows = isinstance(value, Tensor) and value.shape == getattr(p, "whole_shape", p.shape)
+            mine.setdefault(index, {})[name] = part_of(value, p) if is_rows else value
     optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
 
-# --- 4. ZeRO-1: state by owner ---
+# --- 4. ZeRO-1: each rank steps its own rows ---
 
 def options_of(group: dict[str, Any]) -> dict[str, Any]:
     """A parameter group without its parameters."""
@@ -323,14 +313,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the optimizer inside, then the new parameters to everyone. All ranks must hold equal gradients."""
+        """One step of the optimizer inside, then the new rows to everyone. All ranks must hold equal gradients."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for outer, inner in zip(self.param_groups, self.local.param_groups):
             inner.update(options_of(outer))  # schedulers know the outer groups only
         sharded = [p for unit in self.units for p in unit.parameters]
         for p in sharded:
-            p.shard.grad = p.shard.info.rows_of(p.grad) if p.grad is not None and p.shard.numel() else None
+            p.shard.grad = rows_of(p.grad, p.shard.owners) if p.grad is not None and p.shard.numel() else None
         self.local.step()
         for p in sharded:
             p.shard.grad = None  # a view: it would keep the gradients alive when zero_grad() drops them
@@ -368,15 +358,13 @@ class FSDP(DDPNaive):
         optimizer.step()
 
     A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
-    gradients leave for their owners block by block. So all ranks must run the same blocks in the same order, equally
-    often. Parameters that blocks share, or none holds, stay gathered from the beginning of forward to the end of
-    backward. Outside of that the module holds the shards, under its own names.
+    gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Parameters
+    that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards, under
+    its own names. compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype.
+    keep: ZeRO-2, whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided.
 
-    compute_dtype   weights travel and compute in it, gradients travel in it and add up in the shards' own dtype
-    keep            ZeRO-2: whole parameters stay in memory, and are refreshed, block by block, in the forward pass
-    whole           parameters that are to have one owner each, for an optimizer that does not treat rows apart
-    no_sync()       says that more micro-batches follow. Their gradients are reduced all the same, as there is no room
-                    for whole ones, and add up in the shards; it saves ZeRO-2 the refreshing
+    no_sync() says that more micro-batches follow. There is no room for whole gradients: they are reduced all the same
+    and add up in the shards.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
@@ -415,8 +403,9 @@ class FSDP(DDPNaive):
         for unit in self.units if not (self.keep and self.accumulating) else ():
             unit.free()  # an optimizer may have stepped
         self.accumulating = not self.synchronizing and torch.is_grad_enabled()
-        if self.compute_dtype is not None:
-            inputs, kwargs = tree_map(self._cast, (inputs, kwargs))
+        if (dtype := self.compute_dtype) is not None:
+            cast = partial(tree_map_only, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
+            inputs, kwargs = cast(inputs), cast(kwargs)
         output = None
         try:
             self._before(self.units[0])
@@ -425,14 +414,11 @@ class FSDP(DDPNaive):
             self._after(self.units[0], output)
         return output
 
-    def _cast(self, x: Any) -> Any:
-        return x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
     def _before(self, unit: Unit) -> None:
         unit.start_gather()
-        position = self.units.index(unit)
-        for following in self.units[position + 1 : position + 2] if not unit.in_backward else ():  # else a checkpoint's
-            following.start_gather()
+        if not unit.in_backward:  # where a checkpoint is computed again
+            for following in self.units[self.units.index(unit) + 1 :][:1]:
+                following.start_gather()
         unit.finish_gather()
         self._expose(unit, whole=True)
 
@@ -468,7 +454,8 @@ class FSDP(DDPNaive):
         if not self.keep:
             unit.free()
         self.reduced.append(unit)
-        self.in_flight += unit.start_reduce()
+        trainable = [[p for p in parameters if p.requires_grad] for _, _, parameters in unit.buffers]
+        self.in_flight += [start_mean(parameters) for parameters in trainable if parameters]
         while len(self.in_flight) > 4:  # a bound on what waits in memory
             self.in_flight.pop(0)()
 
@@ -489,47 +476,38 @@ class FSDP(DDPNaive):
 
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
 
-class TorchFSDP(DDPNaive):
-    """PyTorch's fully_shard behind the same names: it replaces the parameters by its own sharded tensors."""
-
-    def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        super().__init__(module)
-        for part in [*(block for block in blocks_of(module) if list(block.children())), module]:
-            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        self.module.set_requires_gradient_sync(self.synchronizing)
-        return self.module(*inputs, **kwargs)
-
-    def finish_gradient_synchronization(self) -> None:
-        """Nothing is left to do: backward() returns when it is done."""
-
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
           compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:  # fmt: skip
     """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups.
 
     zero1 and torch_zero1 leave the module to ddp.py, whose modes reduce its gradients; the other modes wrap it.
     """
-    groups, make = make_groups(module), partial(optimizer_cls, **kwargs)
     if mode not in MODES:
         raise ValueError(f"--shard_opt {mode} is not known: choose one of {', '.join(MODES)}")
+    groups, make, is_alone = make_groups(module), partial(optimizer_cls, **kwargs), get_world_size() == 1
     if mode == "zero1":
         return module, ShardedOptimizer(groups, optimizer_cls, **kwargs)
-    if mode == "torch_zero1" and get_world_size() > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
     whole = owned_whole(make, groups)
     if mode in ("zero2", "fsdp"):
-        module = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
-    elif mode == "torch_fsdp":
-        if whole:
-            raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
-        # torch's own two do not work without a process group
-        module = TorchFSDP(module, compute_dtype) if get_world_size() > 1 else DDPNaive(module)
-    return module, make(make_groups(getattr(module, "module", module)))
+        wrapped: nn.Module = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
+    elif mode == "torch_zero1":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        if is_alone:  # torch's own two need a process group
+            return module, make(groups)
+        return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
+    elif whole:
+        raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
+    else:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        wrapped = DDPNaive(module)
+        for part in [*(block for block in blocks_of(module) if list(block.children())), module] if not is_alone else ():
+            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
+        if not is_alone:
+            module.register_forward_pre_hook(lambda *_: module.set_requires_gradient_sync(wrapped.synchronizing))
+            wrapped.world_size = 1  # nothing is left for DDPNaive to do: backward() does it
+    return wrapped, make(make_groups(module))
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
@@ -550,12 +528,13 @@ def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items():
         whole = whole_of(p.detach(), p)  # one at a time: only rank 0 keeps them
         model_state.update({name: whole.cpu()} if is_first else {})
-    if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer
+    if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer: speaks on rank 0 only
         optimizer.consolidate_state_dict(to=0)
-        return (model_state, optimizer.state_dict()) if is_first else ({}, {})
-    optimizer_state = optimizer.state_dict()
-    if not isinstance(optimizer, ShardedOptimizer):
-        optimizer_state["state"] = whole_optimizer_state(optimizer)
+        optimizer_state = optimizer.state_dict() if is_first else {}
+    elif isinstance(optimizer, ShardedOptimizer):
+        optimizer_state = optimizer.state_dict()
+    else:
+        optimizer_state = {**optimizer.state_dict(), "state": whole_optimizer_state(optimizer)}
     return (model_state, optimizer_state) if is_first else ({}, {})
 
 @torch.no_grad()
@@ -564,11 +543,60 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
     """The inverse, at any world size and in any mode, whichever wrote them: every rank passes the whole dicts."""
     mine = getattr(module, "module", module).state_dict(keep_vars=True)
     for name, p in mine.items():
-        if name not in model_state or model_state[name].shape != info_of(p).shape:
-            raise ValueError(f"the state is of another model: it has no {name} of shape {tuple(info_of(p).shape)}")
+        shape = getattr(p, "whole_shape", p.shape)
+        if name not in model_state or model_state[name].shape != shape:
+            raise ValueError(f"the state is of another model: it has no {name} of shape {tuple(shape)}")
     for name, p in mine.items():
         p.copy_(part_of(model_state[name], p))
-    if isinstance(optimizer, ShardedOptimizer) or hasattr(optimizer, "consolidate_state_dict"):
-        optimizer.load_state_dict(optimizer_state)
+    load_optimizer_state(optimizer, optimizer_state)
+
+# --- 7. Running it: two processes against one ---
+
+def _demo(ranks: Ranks, mode: str) -> dict[str, Any]:
+    """Three steps on a batch of two slices: what this rank holds before the last one, what it sends, what comes out."""
+    from model import ModelConfig, TransformerLM
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=2000, context_length=32, d_model=128, num_layers=6, num_heads=4, d_ff=352)
+    module: nn.Module = TransformerLM(config)
+    if mode == "none":
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     else:
-        load_optimizer_state(optimizer, optimizer_state)
+        module, optimizer = shard(module, mode, lambda m: [{"params": [*m.parameters()]}], torch.optim.AdamW, lr=1e-3)
+    if mode in ("none", "zero1", "torch_zero1"):
+        module = wrap(module, "bucketed")
+    result: dict[str, Any] = {}
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        for index in range(ranks.rank, 2, ranks.world_size):
+            tokens = torch.randint(2000, (2, 33), generator=torch.Generator().manual_seed(10 * number + index))
+            loss = nn.functional.cross_entropy(module(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            (loss * ranks.world_size / 2).backward()
+        module.finish_gradient_synchronization()
+        result.update(bytes_held(module, optimizer))
+        optimizer.step()
+
+    result["sent"] = min(measure_bytes_sent(partial(step, number)) for number in range(3))
+    return {**result, "model": full_state_dicts(module, optimizer)[0]}
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Sharded training on this CPU: every stage against one process.")
+    parser.add_argument("--world_size", type=int, default=2, choices=(2, 3, 4), help="number of processes (default 2)")
+    world_size = parser.parse_args(argv).world_size
+    alone = run_ranks(_demo, 1, "none")[0]["model"]
+    num_parameters = sum(tensor.numel() for tensor in alone.values())
+    table = memory_table(num_parameters, world_size)
+    print(f"{num_parameters:,} parameters, {world_size} processes: MB held by the one that holds most (and by formula)")
+    print(f"{'--shard_opt':12}{'parameters':>16}{'gradients':>16}{'state':>16}{'MB sent':>10}{'max difference':>16}")
+    for mode in ("none", *MODES):
+        by_rank = run_ranks(_demo, world_size, mode)
+        formulas = table[mode.removeprefix("torch_")]
+        held = "".join(f"{max(r[part] for r in by_rank) / 1e6:8.2f} ({size / 1e6:5.2f})"
+                       for part, size in formulas.items())  # fmt: skip
+        difference = max((tensor - by_rank[0]["model"][name]).abs().max().item() for name, tensor in alone.items())
+        print(f"{mode:12}{held}{by_rank[0]['sent'] / 1e6:10.2f}{difference:16.1e}")
+
+if __name__ == "__main__":
+    main()
