@@ -18,13 +18,14 @@ The first prints, among others,
     baseline            8.39       2.10     16.52   10.24      37.24
 
 Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/value heads, D head dimension,
-C d_model, F d_ff, V vocabulary.
+C d_model, F d_ff, V vocabulary, E experts, K experts of a token, N tokens.
 
 Contents
-    1. Configuration and presets                                       5. The cache for decoding
-    2. The functions: softmax, silu, attention by its definition       6. Self-attention, block, language model
-    3. The layers: linear, embedding, norm, feed-forward, rotary       7. What it costs: parameters, FLOPs, memory
-    4. The mask rule, and attention faster                             8. Command line
+    1. Configuration and presets                                       6. The cache for decoding
+    2. The functions: softmax, silu, attention by its definition       7. Self-attention, block, language model
+    3. The layers: linear, embedding, norm, feed-forward, rotary       8. What it costs: parameters, FLOPs, memory
+    4. A mixture of experts                                            9. Command line
+    5. The mask rule, and attention faster
 """
 
 import argparse
@@ -37,6 +38,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it attends to nothing and nothing to it
 
@@ -66,6 +68,14 @@ class ModelConfig:
     tie_embeddings: bool = option(False, "one matrix for token embeddings and output head")
     attention: str = option("auto", "who computes attention", ("auto", "naive", "sdpa", "flash"))
     doc_mask: bool = option(False, "a token sees its own document only, in which positions start at 0")
+    num_experts: int = option(0, "feed-forward networks of width d_ff of which each token takes a few (0: one for all)")
+    experts_per_token: int = option(2, "experts that a token takes")
+    shared_experts: int = option(0, "experts beside them that every token takes")
+    moe_every: int = option(1, "every n-th block has experts, the others one network")
+    balance: str = option("loss", "how experts are kept busy: auxiliary loss, or a bias that follows the load",
+                          ("loss", "bias", "none"))
+    balance_rate: float | None = option(None, "weight of that loss, step of that bias (none: 0.01, 0.001)")
+    checkpoint_activations: bool = option(False, "keep only each block's input, compute the rest again in the backward")
 
     def __post_init__(self) -> None:
         if self.num_kv_heads is None:
@@ -89,10 +99,24 @@ class ModelConfig:
             raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
+        if self.balance_rate is None:
+            self.balance_rate = 0.001 if self.balance == "bias" else 0.01
+        if self.num_experts:
+            for name, most in dict(num_experts=None, experts_per_token="num_experts", moe_every="num_layers").items():
+                require_positive(name, value := getattr(self, name))
+                if most and value > getattr(self, most):
+                    raise ValueError(f"{name} {value} is greater than {most} {getattr(self, most)}: lower it")
+            if self.ffn != "swiglu" or self.shared_experts < 0 or not self.balance_rate >= 0:
+                raise ValueError(f"ffn {self.ffn}, shared_experts {self.shared_experts}, balance_rate "
+                                 f"{self.balance_rate}: experts need swiglu, and the numbers must not be negative")
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [i for i in range(self.num_layers) if self.num_experts and (i + 1) % self.moe_every == 0]
 
 def require_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -287,7 +311,96 @@ class RotaryPositionalEmbedding(nn.Module):
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
 
-# --- 4. The mask rule, and attention faster ---
+# --- 4. A mixture of experts ---
+
+def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The definition: every expert's SwiGLU of the tokens that chose it, times their gates, added up.
+
+    x (N, C), chosen and gates (N, K), w1 and w3 (E, F, C), w2 (E, C, F). Returns (N, C).
+    """
+    out = torch.zeros_like(x)  # (N, C)
+    for expert in range(len(w1)):
+        token, place = (chosen == expert).nonzero(as_tuple=True)  # the tokens that took it, and as which choice
+        y = (silu(x[token] @ w1[expert].T) * (x[token] @ w3[expert].T)) @ w2[expert].T  # (tokens, C)
+        out = out.index_add(0, token, (y * gates[token, place, None]).to(x.dtype))  # (N, C)
+    return out
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (M, C) in E groups of rows, the e-th ending before row ends[e], times weight (E, F, C)^T: (M, F).
+
+    One kernel for all groups where torch has it: the sizes then stay on the GPU, which never waits for Python.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    rows_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if hasattr(F, "grouped_mm") and rows_aligned and x.element_size() <= 4:
+        return F.grouped_mm(x, weight.mT, offs=ends.int())  # (M, F)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight)])  # (M, F)
+
+def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The same, faster: sorted by expert, the N K choices are E contiguous groups, however unequal; none is dropped."""
+    num_tokens, k = chosen.shape
+    by_expert, order = chosen.flatten().sort(stable=True)  # (N K,): place in the sorted rows -> choice
+    ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=x.device), right=True)  # (E,)
+    # subtle: copied first, K times each, rows are only permuted after; the gradient of a permutation adds up nothing.
+    # Gathering x[order // K] would add K rows in its backward pass, on CUDA in no fixed order.
+    rows = x[:, None].expand(-1, k, -1).reshape(num_tokens * k, -1).index_select(0, order)  # (N K, C)
+    inner = silu(grouped_product(rows, w1, ends)) * grouped_product(rows, w3, ends)  # (N K, F)
+    y = grouped_product(inner, w2, ends).index_select(0, order.argsort()).view(num_tokens, k, -1)  # (N, K, C)
+    return (gates[:, None].to(y.dtype) @ y)[:, 0]  # (N, 1, K) @ (N, K, C) -> (N, C)
+
+class MixtureOfExperts(nn.Module):
+    """E SwiGLUs, of which a router picks K for each token: parameters grow with E, work with K (Shazeer et al. 2017).
+
+        p = softmax(router x)      y = sum over the K largest p_e of  p_e / (their sum) * expert_e(x)
+
+    Left alone the router feeds those that learn first. Kept in balance by a loss, E sum_e (share of the choices on e,
+    without gradient) (mean p_e), which is 1 when all are equal ("Switch Transformers", equation 4); or without one, by
+    a bias on p that decides the choice but not the gate and steps up where fewer tokens came (Wang et al. 2024).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, self.num_experts, c, f = config, config.num_experts, config.d_model, config.d_ff
+        self.router = Linear(c, config.num_experts, std=1 / math.sqrt(c))
+        std = math.sqrt(2 / (c + f))
+        self.w1, self.w3 = (truncated_normal(config.num_experts, f, c, std=std) for _ in range(2))
+        self.w2 = truncated_normal(config.num_experts, c, f, std=std)
+        self.shared = SwiGLU(c, config.shared_experts * f) if config.shared_experts else None
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.mix: Callable[..., Tensor] = mix_sorted
+        self.switched_off: int | None = None
+        self.recording, self.balance_loss = False, 0.0
+        self.step_load, self.load, self.entropy = 0.0, 0.0, 0.0  # become tensors: read on request, so no step waits
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, k = x.flatten(0, -2), self.config.experts_per_token  # (N, C)
+        with torch.autocast(x.device.type, enabled=False):  # rounded logits would swap near-equal experts
+            logits = tokens.float() @ self.router.weight.float().T  # (N, E)
+            if self.switched_off is not None:
+                off = torch.arange(self.num_experts, device=x.device) == self.switched_off  # (E,)
+                logits = logits.masked_fill(off, -torch.inf)
+            p = torch.softmax(logits, dim=-1)  # (N, E)
+            chosen = (p + self.bias.masked_fill(p.detach() == 0, -torch.inf)).topk(k, dim=-1).indices  # (N, K)
+            gates = p.gather(1, chosen)  # (N, K)
+            if k > 1:  # subtle: one gate divided by itself is 1 and would teach the router nothing
+                gates = gates / gates.sum(dim=-1, keepdim=True)
+        self.record(p, chosen)
+        y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
+        return y if self.shared is None else y + self.shared(x)
+
+    def record(self, p: Tensor, chosen: Tensor) -> None:
+        # A sum over comparisons counts without atomics. Computed each time, as a checkpointed block must repeat itself,
+        # but kept only the first time.
+        load = (chosen.flatten()[:, None] == torch.arange(self.num_experts, device=p.device)).sum(dim=0)  # (E,)
+        balance_loss = self.num_experts * (load / chosen.numel() * p.mean(dim=0)).sum()
+        if self.recording:
+            self.balance_loss, self.step_load = balance_loss, self.step_load + load
+            self.load, self.entropy = self.load + load, self.entropy + torch.special.entr(p.detach()).sum()
+
+# --- 5. The mask rule, and attention faster ---
 
 def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None) -> Tensor:
@@ -356,7 +469,7 @@ def document_places(token_ids: Tensor, end_of_text_id: int) -> dict[str, Tensor]
     segment_ids = segment_ids_from_tokens(token_ids, end_of_text_id)
     return {"positions": positions_in_segments(segment_ids), "segment_ids": segment_ids}
 
-# --- 5. The cache for decoding ---
+# --- 6. The cache for decoding ---
 
 class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all.
@@ -414,7 +527,7 @@ class KVCache:
         keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
         return attention(q, keys, values)  # (B, H, T, D)
 
-# --- 6. Self-attention, block, language model ---
+# --- 7. Self-attention, block, language model ---
 
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
@@ -450,11 +563,14 @@ class MultiHeadSelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
 
-    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None, is_moe: bool = False):
         super().__init__()
         c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
         self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
-        self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
+        if is_moe:
+            self.ffn = MixtureOfExperts(config)
+        else:
+            self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
         self.ln1 = RMSNorm(c) if config.norm != "none" else nn.Identity()
         self.ln2 = RMSNorm(c) if config.norm != "none" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
@@ -486,7 +602,9 @@ class TransformerLM(nn.Module):
         if config.pos == "rope":  # one table serves all layers
             rope = RotaryPositionalEmbedding(config.rope_theta, config.head_dim, config.context_length)
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, rope, i in config.moe_layers)
+                                    for i in range(config.num_layers))
+        self.moe = [(i, self.layers[i].ffn) for i in config.moe_layers]
         # A post-norm block ends in a norm already.
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
         # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16 and so a first
@@ -505,9 +623,9 @@ class TransformerLM(nn.Module):
         # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
         # size at any depth, which nothing else ensures when there are no norms (GPT-2 report, section 2.3).
         with torch.no_grad():
-            for block in self.layers:
-                block.attn.output_proj.weight /= math.sqrt(2 * config.num_layers)
-                block.ffn.w2.weight /= math.sqrt(2 * config.num_layers)
+            for name, parameter in self.layers.named_parameters():
+                if "output_proj" in name or ".w2" in name:
+                    parameter /= math.sqrt(2 * config.num_layers)
 
     def forward_hidden(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None,
                        cache: KVCache | None = None) -> Tensor:
@@ -538,8 +656,16 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
+        for _, moe in self.moe:  # off again behind the loop: what a checkpointed block computes twice counts once
+            moe.recording = True
         for layer, block in enumerate(self.layers):
-            x = block(x, positions, attend if cache is None else partial(cache.attend, layer, attend))  # (B, T, C)
+            arguments = (x, positions, attend if cache is None else partial(cache.attend, layer, attend))
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)  # (B, T, C)
+            else:
+                x = block(*arguments)  # (B, T, C)
+        for _, moe in self.moe:
+            moe.recording = False
         return self.ln_final(x)  # (B, T, C)
 
     def forward(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None, cache:
@@ -549,7 +675,42 @@ class TransformerLM(nn.Module):
         x = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
-# --- 7. What it costs: parameters, FLOPs, memory ---
+    def auxiliary_loss(self) -> Tensor | float:
+        """What balancing adds to the loss of the last forward pass, weighted; 0 without experts or that balance."""
+        weight = self.config.balance_rate if self.config.balance == "loss" else 0.0
+        return weight * sum(moe.balance_loss for _, moe in self.moe) if weight and self.training else 0.0
+
+    @torch.no_grad()
+    def update_router_biases(self) -> None:
+        """After an optimizer step: experts that got fewer tokens than the mean in it become easier to choose."""
+        for _, moe in self.moe if self.config.balance == "bias" else ():
+            load = torch.as_tensor(moe.step_load, dtype=torch.float32).clone()  # (E,)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(load)  # the same step on every process
+            moe.bias += self.config.balance_rate * torch.sign(load.mean() - load)
+            moe.step_load = 0.0
+
+    def router_statistics(self) -> list[dict]:
+        """Per layer with experts, over the tokens of this process since the last call: each expert's share of the
+        choices; a token's uncertainty (entropy of p over log E); how far the fullest lies above the mean (0: not)."""
+        rows, e, k = [], self.config.num_experts, self.config.experts_per_token
+        for layer, moe in self.moe:
+            load, entropy = torch.as_tensor(moe.load, dtype=torch.float64), float(moe.entropy)
+            if (total := load.sum().item()) > 0:
+                share = (load / total).tolist()
+                rows.append({"layer": layer, "load": share, "entropy": entropy / (total / k) / math.log(max(e, 2)),
+                             "violation": max(share) * e - 1})
+            moe.load = moe.entropy = 0.0
+        return rows
+
+    def switch_off_expert(self, layer: int, expert: int | None) -> None:
+        """Keep every token away from one expert of a layer, to see what it was good for; None: all work again."""
+        experts = {i: moe for i, moe in self.moe}
+        if layer not in experts or expert is not None and not 0 <= expert < self.config.num_experts:
+            raise ValueError(f"layer {layer} has no expert {expert}: the layers with experts are {list(experts)}")
+        experts[layer].switched_off = expert
+
+# --- 8. What it costs: parameters, FLOPs, memory ---
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Number of parameters by part; the sum of the values is the model's.
@@ -559,13 +720,20 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """
     c, kv_width = config.d_model, config.num_kv_heads * config.head_dim
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
+    num_moe = len(config.moe_layers)
+    networks = config.num_layers - num_moe + num_moe * (config.num_experts + config.shared_experts)
     return {
         "embeddings": config.vocab_size * c,
         "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
-        "ffn": config.num_layers * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff,
+        "ffn": networks * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff + num_moe * config.num_experts * c,
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
+
+def active_parameters(config: ModelConfig) -> dict[str, int]:
+    """count_parameters of what one token passes through: of the experts, those that it takes."""
+    idle = len(config.moe_layers) * (config.num_experts - config.experts_per_token) * 3 * config.d_model * config.d_ff
+    return {part: number - idle * (part == "ffn") for part, number in count_parameters(config).items()}
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
@@ -578,7 +746,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
     """
     context_length = context_length or config.context_length
-    parameters = count_parameters(config)
+    parameters = active_parameters(config)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
         "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v
@@ -607,15 +775,41 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
         attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
     # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
+    # K experts: their rows before and after; gates (twice, and a sum); p; the choices, their order and its inverse in
+    # int64; and the input, if something must be added to.
+    k = config.experts_per_token
+    moe = (k + config.shared_experts) * ffn + 2 * k * c + 2 * k + 1 + config.num_experts + 6 * k
     # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
     stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
+    num_moe = len(config.moe_layers)
+    activations = layers * attention + (layers - num_moe) * ffn + num_moe * moe + stream
+    if config.checkpoint_activations:  # the inputs of all blocks, and one block at a time in full
+        activations = layers * c + attention + (moe if num_moe else ffn) + stream * 3 / (2 * layers + 1)
     return {
         "parameters": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
-        "activations": 4 * tokens * (layers * (attention + ffn) + stream),
+        "activations": round(4 * tokens * activations),
         "logits": 2 * 4 * tokens * config.vocab_size,  # and their gradient
     }
 
-# --- 8. Command line ---
+def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) -> dict[str, tuple[int | None, float]]:
+    """For each way of splitting the memory (see shard_opt.py): devices of this size that a training step takes, None
+    if no number is enough, and bytes on each. Every device has batch_size sequences of its own.
+
+    >>> {stage: n for stage, (n, _) in devices_needed(ModelConfig(**PRESETS["7b"]), 1, 80e9).items()}
+    {'none': None, 'zero1': None, 'zero2': 56, 'fsdp': 4}
+    """
+    memory, needed = training_memory(config, batch_size), {}
+    sharded = {"none": (), "zero1": ("AdamW moments",), "zero2": ("gradients", "AdamW moments"),
+               "fsdp": ("parameters", "gradients", "AdamW moments")}
+    for stage, parts in sharded.items():
+        split = sum(memory[part] for part in parts)
+        whole = sum(memory.values()) - split
+        room = device_bytes - whole  # for a part of what is split
+        devices = max(1, math.ceil(split / room)) if room > 0 else None if split or room < 0 else 1
+        needed[stage] = (devices, whole + split / (devices or math.inf))
+    return needed
+
+# --- 9. Command line ---
 
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or one preset part by part, exactly."""

@@ -17,6 +17,7 @@ from model import (
     FeedForward,
     KVCache,
     Linear,
+    MixtureOfExperts,
     ModelConfig,
     MultiHeadSelfAttention,
     RMSNorm,
@@ -25,9 +26,12 @@ from model import (
     TransformerLM,
     attention_mask,
     count_parameters,
+    devices_needed,
     flops_per_token,
     main,
     make_attention,
+    mix_by_loop,
+    mix_sorted,
     scaled_dot_product_attention,
     silu,
     softmax,
@@ -523,6 +527,152 @@ def test_cache_for_another_batch():
     with pytest.raises(ValueError, match="made for 3 rows and got 2"):
         model(random_tokens(2, 5), cache=KVCache(model.config, 3))
 
+# --- a mixture of experts ---
+
+EXPERTS = dict(num_experts=5, experts_per_token=2)
+
+@pytest.mark.parametrize("switches", [dict(), dict(shared_experts=2), dict(experts_per_token=1), dict(d_ff=75),
+                                      dict(experts_per_token=5, moe_every=3, norm="post")], ids=str)
+def test_sorted_experts_equal_the_loop(switches):
+    """The sorted mixture gives the loop's logits and gradients, with torch's grouped product and (d_ff 75) without,
+    also when an expert gets nothing; and it costs the FLOPs of the experts taken."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, ids, results = small_model(**(EXPERTS | switches), attention="naive").train(), random_tokens(3, 31), []
+    model.switch_off_expert(2, 1 if model.config.experts_per_token < 5 else None)
+    for mix in (mix_sorted, mix_by_loop):
+        for _, moe in model.moe:
+            moe.mix = mix
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            logits = model(ids)
+        (logits.cos().mean() + model.auxiliary_loss()).backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    assert counter.get_total_flops() == 3 * 31 * sum(flops_per_token(model.config, 31).values())
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    assert all(p.grad.abs().max() > 0 for p in model.parameters()), "every weight learns, the router among them"
+
+def test_equal_experts_are_the_dense_network():
+    """Experts with the dense network's weights give its output, whichever K of them are chosen."""
+    for k in (2, 3, 5):
+        config = ModelConfig(**(SMALL | EXPERTS | dict(experts_per_token=k)))
+        moe, dense, x = MixtureOfExperts(config), SwiGLU(60, 76), torch.randn(2, 9, 60)
+        with torch.no_grad():
+            for name in ("w1", "w2", "w3"):
+                getattr(moe, name).copy_(getattr(dense, name).weight.expand(5, -1, -1))
+        torch.testing.assert_close(moe(x), dense(x), atol=1e-5, rtol=1e-4)
+
+def test_auxiliary_loss():
+    """The loss is E sum f P: 1 per layer when balanced, E when all goes to one, absent in evaluation; weighted."""
+    model = small_model(**EXPERTS, balance_rate=0.5).train()
+    with torch.no_grad():
+        for _, moe in model.moe:
+            moe.router.weight.zero_()
+    model(random_tokens(2, 9))
+    assert model.auxiliary_loss().item() == pytest.approx(0.5 * 3 * 1.0, abs=1e-6), "equal p: 1 whatever is chosen"
+    moe = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=1))))
+    p, chosen, moe.recording = torch.eye(5)[[3] * 8], torch.full((8, 1), 3), True
+    moe.record(p, chosen)
+    assert moe.balance_loss.item() == pytest.approx(5), "everything on one of five experts"
+    model.eval()(random_tokens(2, 9))
+    assert model.auxiliary_loss() == small_model().auxiliary_loss() == 0.0
+
+def test_router_statistics_count_tokens():
+    """Load, entropy and violation equal a count of the choices; recomputed blocks count once; evaluation repeats."""
+    for checkpoint_activations in (False, True):
+        model, ids, seen = small_model(**EXPERTS, checkpoint_activations=checkpoint_activations).train(), [], []
+        ids = [random_tokens(2, 9), random_tokens(3, 17)]
+        model.layers[1].ln2.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.detach()))
+        logits = [model(batch) for batch in ids]
+        for some in logits:
+            some.sum().backward()
+        x = torch.cat([y.flatten(0, 1) for y in seen[:2]])
+        p = torch.softmax(x @ model.layers[1].ffn.router.weight.T, dim=-1)
+        counts = torch.bincount(p.topk(2).indices.flatten(), minlength=5).double()
+        row = model.router_statistics()[1]
+        assert row["layer"] == 1 and row["load"] == pytest.approx((counts / counts.sum()).tolist())
+        assert row["violation"] == pytest.approx((counts.max() / counts.mean() - 1).item())
+        assert row["entropy"] == pytest.approx(((-p * p.log()).sum(-1).mean() / math.log(5)).item(), rel=1e-5)
+        assert model.router_statistics() == [], "a second call has nothing new to tell"
+        assert torch.equal(model.eval()(ids[0]), model(ids[0])), "evaluation is deterministic"
+
+def test_biases_move_the_load():
+    """With balance "bias" a router that feeds two experts only comes to feed all; the gates ignore the biases."""
+    model = small_model(**EXPERTS, num_layers=1, balance="bias", balance_rate=0.01).train()
+    ids, moe = random_tokens(8, 40), model.layers[0].ffn
+    model.layers[0].ln2.register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.no_grad():
+        moe.router.weight[3:] += 0.02  # times 60 ones: every token's logits of experts 3 and 4 are 1.2 higher
+    model(ids)
+    before = model.router_statistics()[0]["violation"]
+    for _ in range(100):
+        with torch.no_grad():
+            model(ids)
+        model.update_router_biases()
+    model.router_statistics()
+    model(ids)
+    after = model.router_statistics()[0]["violation"]
+    assert before > 0.4 and after < before / 4, f"violation {before} before, {after} after"
+    assert model.auxiliary_loss() == 0.0 and "layers.0.ffn.bias" in model.state_dict()
+    everyone = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=5))))
+    x, expected = torch.randn(7, 60), None
+    for _ in range(2):
+        expected = everyone(x) if expected is None else expected
+        everyone.bias.copy_(torch.randn(5))
+    torch.testing.assert_close(everyone(x), expected)
+
+def test_an_expert_switched_off():
+    """No token reaches an expert that is switched off, others take over, and None brings the old output back."""
+    model, ids = small_model(**EXPERTS), random_tokens(4, 41)
+    with torch.no_grad():
+        before = model(ids)
+        model.router_statistics()
+        model.switch_off_expert(1, 3)
+        without = model(ids)
+        loads = [row["load"] for row in model.router_statistics()]
+        assert loads[1][3] == 0 and sum(loads[1]) == pytest.approx(1) and loads[0][3] > 0
+        assert (without - before).abs().max() > 1e-3
+        model.switch_off_expert(1, None)
+        assert torch.equal(model(ids), before)
+    for layer, expert in ((1, 5), (3, 0)):
+        with pytest.raises(ValueError, match=f"layer {layer} has no expert {expert}"):
+            model.switch_off_expert(layer, expert)
+
+def test_the_router_computes_in_float32():
+    """Under autocast and in a model of half precision the choices are those of float32 logits."""
+    model, kinds = small_model(**EXPERTS), []
+    for _, moe in model.moe:
+        moe.mix = lambda x, chosen, gates, *w: kinds.append((x.dtype, gates.dtype)) or mix_sorted(x, chosen, gates, *w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(random_tokens(2, 9)).dtype == torch.bfloat16
+    model.bfloat16()(random_tokens(2, 9))
+    assert {gates for _, gates in kinds} == {torch.float32}, f"gates are {kinds}"
+
+def test_cached_decoding_with_experts():
+    """With the cache each token takes the experts that it takes when everything is recomputed."""
+    model, ids, cache = small_model(**EXPERTS), random_tokens(2, 20), KVCache(ModelConfig(**SMALL), 2)
+    with torch.no_grad():
+        got = [model(piece, cache=cache) for piece in ids.split([11] + [1] * 9, dim=1)]
+        torch.testing.assert_close(torch.cat(got, dim=1), model(ids), atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize("switches", [dict(), EXPERTS, dict(dropout=0.3)], ids=str)
+def test_checkpointed_activations_change_nothing_but_memory(switches):
+    """Computing activations twice gives the same bits, loss and gradients, dropout included; far less is kept."""
+    ids, results, kept = random_tokens(3, 29), [], []
+    for checkpoint_activations in (False, True):
+        torch.manual_seed(1)
+        model = small_model(**switches, checkpoint_activations=checkpoint_activations).train()
+        loss = model(ids).square().mean() + model.auxiliary_loss()
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        kept.append(bytes_saved_by_autograd(model, ids))
+    assert all(map(torch.equal, *results))
+    assert kept[1] < kept[0] / 5, f"{kept[1]} bytes kept against {kept[0]}"
+    configs = [ModelConfig(**(SMALL | switches | dict(num_layers=n)), checkpoint_activations=True) for n in (3, 7)]
+    less, more = (training_memory(config, 3)["activations"] for config in configs)
+    assert more - less == 4 * (4 * 3 * 41 * 60), "a block more: its input more"
+
 # --- configuration ---
 
 @pytest.mark.parametrize(
@@ -542,6 +692,11 @@ def test_cache_for_another_batch():
         (dict(attention="fast"), "auto, naive, sdpa, flash"),
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(rope_theta=0.0), "rope_theta is 0.0"),
+        (dict(num_experts=4, experts_per_token=5), "experts_per_token 5 is greater than num_experts 4"),
+        (dict(num_experts=4, moe_every=5), "moe_every 5 is greater than num_layers 4"),
+        (dict(num_experts=-1), "num_experts is -1"),
+        (dict(num_experts=4, ffn="relu"), "experts need swiglu"),
+        (dict(num_experts=4, shared_experts=-1), "must not be negative"),
     ],
 )
 def test_mistakes_in_the_configuration(mistake, words):
@@ -629,6 +784,8 @@ def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
         dict(num_kv_heads=6),
         dict(attention="naive"),
         dict(attention="naive", num_kv_heads=6),
+        dict(num_experts=5),
+        dict(num_experts=7, experts_per_token=3, shared_experts=1, moe_every=2, norm="post"),
     ],
     ids=str,
 )
@@ -646,6 +803,20 @@ def test_other_parts_of_memory():
         8 * 22_696_448
     ]
     assert memory["logits"] == 2 * 32 * 256 * 10_000 * 4
+
+def test_devices_needed():
+    """Each answer is the smallest number of devices whose bytes fit, split as in the ZeRO paper; None if none does."""
+    config = ModelConfig(**PRESETS["1b"], checkpoint_activations=True)
+    parameters, memory = sum(count_parameters(config).values()), training_memory(config, 2)
+    rest = memory["activations"] + memory["logits"]
+    split = {"none": 0, "zero1": 8, "zero2": 12, "fsdp": 16}  # bytes a parameter that are shared out, of 16
+    for device_bytes in (rest - 1, 12e9, 16e9, 24e9, 80e9):
+        for stage, (devices, held) in devices_needed(config, 2, device_bytes).items():
+            share, room = split[stage], device_bytes - rest
+            fits = lambda n, share=share, room=room: parameters * (16 - share + share / n) <= room  # noqa: E731
+            assert devices == next((n for n in range(1, 10_000) if fits(n)), None), f"{stage} {device_bytes}: {devices}"
+            if devices:
+                assert held == pytest.approx(rest + parameters * (16 - split[stage] + split[stage] / devices))
 
 # --- command line ---
 
