@@ -14,10 +14,9 @@ An optimizer that treats rows apart then computes the same bits on smaller param
     torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed --shard_opt zero1
     torchrun --standalone --nproc-per-node 2 train.py --shard_opt fsdp
 
-    1. Where the bytes go          4. ZeRO-1: each rank steps its own rows
-    2. Who owns what               5. ZeRO-2 and FSDP: gradients and parameters by owner
-    3. Exchanging rows             6. One switch, clipping, checkpoints
-                                   7. Running it: two processes against one
+    1. Where the bytes go      3. Exchanging rows                           5. ZeRO-2 and FSDP: gradients, parameters
+    2. Who owns what           4. ZeRO-1: each rank steps its own rows      6. One switch, clipping, checkpoints
+                                                                            7. Two processes against one
 """
 
 import argparse
@@ -281,10 +280,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]
 
 # --- 4. ZeRO-1: each rank steps its own rows ---
 
-def options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters."""
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode:
 
@@ -309,7 +304,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The same groups, of this rank's rows."""
         trainable = [p for group in groups for p in group["params"] if p.requires_grad and p.numel()]
         self.units.append(Unit(trainable, self.load, owned_whole(self.make, groups)))
-        return [{**options_of(group), "params": [getattr(p, "shard", p) for p in group["params"]]} for group in groups]
+        return [{**group, "params": [getattr(p, "shard", p) for p in group["params"]]} for group in groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -317,7 +312,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for outer, inner in zip(self.param_groups, self.local.param_groups):
-            inner.update(options_of(outer))  # schedulers know the outer groups only
+            inner.update({**outer, "params": inner["params"]})  # schedulers know the outer groups only
         sharded = [p for unit in self.units for p in unit.parameters]
         for p in sharded:
             p.shard.grad = rows_of(p.grad, p.shard.owners) if p.grad is not None and p.shard.numel() else None
@@ -340,7 +335,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         load_optimizer_state(self.local, state_dict)
 
-# --- 5. ZeRO-2 and FSDP: gradients and parameters by owner ---
+# --- 5. ZeRO-2 and FSDP: gradients, parameters ---
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The modules directly below this one; in place of a list or sequence those in it."""
@@ -359,12 +354,11 @@ class FSDP(DDPNaive):
 
     A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
     gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Parameters
-    that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards, under
-    its own names. compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype.
-    keep: ZeRO-2, whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided.
+    that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards.
 
-    no_sync() says that more micro-batches follow. There is no room for whole gradients: they are reduced all the same
-    and add up in the shards.
+    compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
+    whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync() says
+    that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
@@ -387,9 +381,9 @@ class FSDP(DDPNaive):
             unit.free()
             self._expose(unit, whole=False)
             self.units.append(unit)
-            if block is not None:
-                block.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit))
-                block.register_forward_hook(lambda *args, unit=unit: self._after(unit, args[-1]), always_call=True)
+            (block or module).register_forward_pre_hook(lambda *_, unit=unit: self._before(unit))
+            after = lambda *args, unit=unit: self._after(unit, args[-1])  # noqa: E731
+            (block or module).register_forward_hook(after, always_call=True)
 
     def _expose(self, unit: Unit, whole: bool) -> None:
         """Let the modules hold whole parameters, to compute, or the shards, for everyone else."""
@@ -406,19 +400,12 @@ class FSDP(DDPNaive):
         if (dtype := self.compute_dtype) is not None:
             cast = partial(tree_map_only, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
             inputs, kwargs = cast(inputs), cast(kwargs)
-        output = None
-        try:
-            self._before(self.units[0])
-            output = self.module(*inputs, **kwargs)
-        finally:
-            self._after(self.units[0], output)
-        return output
+        return self.module(*inputs, **kwargs)
 
     def _before(self, unit: Unit) -> None:
         unit.start_gather()
-        if not unit.in_backward:  # where a checkpoint is computed again
-            for following in self.units[self.units.index(unit) + 1 :][:1]:
-                following.start_gather()
+        for following in self.units[self.units.index(unit) + 1 :][: not unit.in_backward]:  # else a checkpoint's
+            following.start_gather()
         unit.finish_gather()
         self._expose(unit, whole=True)
 
@@ -484,29 +471,27 @@ def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[
     """
     if mode not in MODES:
         raise ValueError(f"--shard_opt {mode} is not known: choose one of {', '.join(MODES)}")
-    groups, make, is_alone = make_groups(module), partial(optimizer_cls, **kwargs), get_world_size() == 1
+    mode = mode if get_world_size() > 1 else mode.removeprefix("torch_")  # torch's need a process group
+    groups, make = make_groups(module), partial(optimizer_cls, **kwargs)
     if mode == "zero1":
         return module, ShardedOptimizer(groups, optimizer_cls, **kwargs)
-    whole = owned_whole(make, groups)
-    if mode in ("zero2", "fsdp"):
-        wrapped: nn.Module = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
-    elif mode == "torch_zero1":
+    if mode == "torch_zero1":
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        if is_alone:  # torch's own two need a process group
-            return module, make(groups)
         return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
-    elif whole:
-        raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
-    else:
+    whole = owned_whole(make, groups)
+    if mode == "torch_fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if whole:
+            raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
         wrapped = DDPNaive(module)
-        for part in [*(block for block in blocks_of(module) if list(block.children())), module] if not is_alone else ():
+        for part in [*(block for block in blocks_of(module) if list(block.children())), module]:
             fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
-        if not is_alone:
-            module.register_forward_pre_hook(lambda *_: module.set_requires_gradient_sync(wrapped.synchronizing))
-            wrapped.world_size = 1  # nothing is left for DDPNaive to do: backward() does it
+        module.register_forward_pre_hook(lambda *_: module.set_requires_gradient_sync(wrapped.synchronizing))
+        wrapped.world_size = 1  # nothing is left for DDPNaive to do: backward() does it
+    else:
+        wrapped = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
     return wrapped, make(make_groups(module))
 
 @torch.no_grad()
@@ -550,7 +535,7 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
         p.copy_(part_of(model_state[name], p))
     load_optimizer_state(optimizer, optimizer_state)
 
-# --- 7. Running it: two processes against one ---
+# --- 7. Two processes against one ---
 
 def _demo(ranks: Ranks, mode: str) -> dict[str, Any]:
     """Three steps on a batch of two slices: what this rank holds before the last one, what it sends, what comes out."""
