@@ -31,9 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ddp import DDPNaive, Ranks, all_reduce_sum, get_rank, get_world_size, measure_bytes_sent, run_ranks
-
-from ddp import start_all_gather, start_reduce_scatter, wrap  # isort: skip
+from ddp import DDPNaive, Ranks, all_reduce_sum, get_rank, get_world_size, measure_bytes_sent  # isort: skip
+from ddp import run_ranks, start_all_gather, start_reduce_scatter, wrap  # isort: skip
 
 # --- 1. Where the bytes go ---
 
@@ -357,8 +356,8 @@ class FSDP(DDPNaive):
     that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards.
 
     compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
-    whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync() says
-    that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same.
+    whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync()
+    says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
@@ -404,8 +403,8 @@ class FSDP(DDPNaive):
 
     def _before(self, unit: Unit) -> None:
         unit.start_gather()
-        for following in self.units[self.units.index(unit) + 1 :][: not unit.in_backward]:  # else a checkpoint's
-            following.start_gather()
+        if not unit.in_backward and unit is not self.units[-1]:  # in backward: a checkpoint that is computed again
+            self.units[self.units.index(unit) + 1].start_gather()
         unit.finish_gather()
         self._expose(unit, whole=True)
 
@@ -416,19 +415,18 @@ class FSDP(DDPNaive):
         tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         for tensor in tensors:
             tensor.register_hook(lambda _: self._before_backward(unit))
-        needed_at_once = tensors and unit in (self.units[0], self.units[-1])
-        if not (self.keep or needed_at_once):
+        if not (self.keep or tensors and unit in (self.units[0], self.units[-1])):  # these are needed again at once
             unit.free()
 
     def _before_backward(self, unit: Unit) -> None:
         """The gradient of a block's output is complete: so is the work of all blocks after it. (The root ends last.)"""
         self.is_pending = True
         position = self.units.index(unit)
-        for done in self.units[:position:-1] if position and not unit.in_backward else ():
+        for done in self.units[:position:-1] if position > 0 else ():
             if done.in_backward:
                 self._reduce(done)
         unit.in_backward = position > 0
-        for needed in (unit, *self.units[1:position][-1:]):
+        for needed in self.units[max(position - 1, 1) : position + 1][::-1]:
             if needed.for_backward:
                 needed.start_gather()
         if unit.for_backward:
@@ -537,28 +535,26 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
 
 # --- 7. Two processes against one ---
 
-def _demo(ranks: Ranks, mode: str) -> dict[str, Any]:
-    """Three steps on a batch of two slices: what this rank holds before the last one, what it sends, what comes out."""
+def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
+    """Three steps on batches of num_slices slices: what this rank held and sent in a step, and what came out."""
     from model import ModelConfig, TransformerLM
 
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=2000, context_length=32, d_model=128, num_layers=6, num_heads=4, d_ff=352)
     module: nn.Module = TransformerLM(config)
-    if mode == "none":
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    else:
+    optimizer: Any = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    if mode != "none":
         module, optimizer = shard(module, mode, lambda m: [{"params": [*m.parameters()]}], torch.optim.AdamW, lr=1e-3)
-    if mode in ("none", "zero1", "torch_zero1"):
-        module = wrap(module, "bucketed")
+    module = module if mode.endswith(("zero2", "fsdp")) else wrap(module, "bucketed")
     result: dict[str, Any] = {}
 
     def step(number: int) -> None:
         optimizer.zero_grad()
-        for index in range(ranks.rank, 2, ranks.world_size):
+        for index in range(ranks.rank, num_slices, ranks.world_size):
             tokens = torch.randint(2000, (2, 33), generator=torch.Generator().manual_seed(10 * number + index))
             loss = nn.functional.cross_entropy(module(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            (loss * ranks.world_size / 2).backward()
+            (loss * ranks.world_size / num_slices).backward()
         module.finish_gradient_synchronization()
         result.update(bytes_held(module, optimizer))
         optimizer.step()
@@ -570,13 +566,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Sharded training on this CPU: every stage against one process.")
     parser.add_argument("--world_size", type=int, default=2, choices=(2, 3, 4), help="number of processes (default 2)")
     world_size = parser.parse_args(argv).world_size
-    alone = run_ranks(_demo, 1, "none")[0]["model"]
+    alone = run_ranks(_demo, 1, "none", world_size)[0]["model"]
     num_parameters = sum(tensor.numel() for tensor in alone.values())
     table = memory_table(num_parameters, world_size)
     print(f"{num_parameters:,} parameters, {world_size} processes: MB held by the one that holds most (and by formula)")
     print(f"{'--shard_opt':12}{'parameters':>16}{'gradients':>16}{'state':>16}{'MB sent':>10}{'max difference':>16}")
     for mode in ("none", *MODES):
-        by_rank = run_ranks(_demo, world_size, mode)
+        by_rank = run_ranks(_demo, world_size, mode, world_size)
         formulas = table[mode.removeprefix("torch_")]
         held = "".join(f"{max(r[part] for r in by_rank) / 1e6:8.2f} ({size / 1e6:5.2f})"
                        for part, size in formulas.items())  # fmt: skip
