@@ -43,8 +43,8 @@ from torch import Tensor
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
 from ddp import ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
-from model import PRESETS, ModelConfig, TransformerLM, count_parameters, document_places, flops_per_token
-from model import make_attention, option, training_memory
+from model import PRESETS, ModelConfig, TransformerLM, active_parameters, count_parameters, devices_needed
+from model import document_places, flops_per_token, make_attention, option, training_memory
 from shard_opt import clip_gradients as clip_sharded
 from shard_opt import full_state_dicts, load_full_state_dicts, shard
 
@@ -223,9 +223,10 @@ class Muon(AdamW):
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes.
-    Muon takes the matrices inside the blocks; rows of embedding and head are looked up one by one and stay AdamW's."""
+    Muon takes the matrices inside the blocks; rows of embedding, head and router are looked up one by one and stay
+    AdamW's."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if muon and p.ndim >= 2 and name.startswith("layers.")]
+    hidden = [p for name, p in named if muon and p.ndim >= 2 and name.startswith("layers.") and "router" not in name]
     taken = {id(p) for p in hidden}
     groups = [
         {"params": hidden, "weight_decay": weight_decay, "muon": True},
@@ -459,7 +460,8 @@ class RunLog:
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **values) -> None:
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no infinity
+        finite = {name: value for name, value in values.items()  # JSON knows no infinity
+                  if not isinstance(value, float) or math.isfinite(value)}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
@@ -630,6 +632,7 @@ RECIPES: dict[str, dict] = {
     "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=700, log_interval=25,
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
     "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
+    "7b": dict(batch_size=512, grad_accum_steps=512, lr=3e-4),  # one sequence at a time
 }
 
 def build_parser() -> argparse.ArgumentParser:
@@ -712,11 +715,17 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
         (a @ a).sum().item()
         seconds.append(time.perf_counter() - start)
     rate = 2 * 1024**3 / sorted(seconds)[2]
-    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}")
+    active = sum(active_parameters(model_config).values())
+    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}"
+        + (f"  of which a token uses {active:,}" if model_config.num_experts else ""))
     say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
     say(f"memory            {sum(memory.values()) / 1e9:>15.3f} GB  in all, {micro_batch} sequences at a time")
+    size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
+    for mode, (count, held) in devices_needed(model_config, micro_batch, size).items():
+        needed = f"of {size / 2**30:,.0f} GiB, {held / 1e9:,.1f} GB on each" if count else "is enough"
+        say(f"devices           {f'{count:,}' if count else 'no number':>18}  {needed}: --shard_opt {mode}")
     num_tokens = tokens_per_step * config.max_steps
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
     total = flops * num_tokens
@@ -976,8 +985,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 with span("forward"), autocast():
                     micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
                     micro_loss = micro_loss / config.grad_accum_steps
+                    balancing = model.auxiliary_loss() / config.grad_accum_steps  # 0 without a mixture of experts
                 with span("backward"):
-                    scaler.scale(micro_loss).backward()
+                    scaler.scale(micro_loss + balancing).backward()
             losses.append(micro_loss.detach())
         if hasattr(module, "finish_gradient_synchronization"):
             with span("gradients of the other processes"):
@@ -997,6 +1007,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         with span("optimizer"):
             scaler.step(optimizer)
             scaler.update()
+            model.update_router_biases()
         if profiler is not None and step == 3:  # the first steps are slower than all others
             profiler.start()
 
@@ -1012,9 +1023,11 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             interval_started, interval_tokens = now, 0
             say(progress_line(step, config.max_steps, train_loss, lr, norm.item(), speed,
                               (config.max_steps - step) * tokens_per_step / speed))
+            experts = model.router_statistics()  # of this process's tokens
             if log is not None:
                 log.write(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - started,
-                          train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed)
+                          train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed,
+                          **({"experts": experts} if experts else {}))
 
     if profiler is not None:
         profiler.stop()
