@@ -12,8 +12,8 @@ large vocabulary.
 
 import argparse
 import copy
+import functools
 import json
-import math
 import platform
 import statistics
 import sys
@@ -74,7 +74,8 @@ def rank_steps(ranks: Ranks, variants: list[str], num_steps: int) -> dict[str, A
                 optimizer.step()
 
             if step >= num_steps + 2:  # the last two are for the bytes
-                result["bytes"][variant].append(measure_bytes_sent(lambda: one_step(held=result["held"][variant])))  # noqa: B023
+                measured = functools.partial(one_step, held=result["held"][variant])
+                result["bytes"][variant].append(measure_bytes_sent(measured))
                 continue
             barrier("a measurement")
             start = time.perf_counter()
@@ -129,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     result = by_rank[0]
     num_parameters, kept = result["num_parameters"], 2 * CONFIG["vocab_size"] * CONFIG["d_model"]
     table = shard_opt.memory_table(num_parameters, args.world_size)
-    print(f"{args.world_size} processes, {TOKENS_PER_RANK} tokens each, {args.steps} steps; {num_parameters:,} parameters "
-          f"in {result['num_tensors']} tensors; torch {torch.__version__}, {platform.processor() or platform.machine()}")
-    print(f"{'':15}{'ms':>7}{'quartiles':>14}{'MB sent':>9}{'formula':>9}   MB held by the rank that holds most, (table):")
+    print(f"{args.world_size} processes, {TOKENS_PER_RANK} tokens each, {args.steps} steps; {num_parameters:,} "
+          f"parameters in {result['num_tensors']} tensors; torch {torch.__version__}, {platform.machine()}")
+    print(f"{'':15}{'ms':>7}{'quartiles':>14}{'MB sent':>9}{'formula':>9}   MB held by whoever holds most (table):")
     print(f"{'':54}   {'parameters':>16}{'gradients':>16}{'state':>16}  equal to the first")
     for variant in args.variants:
         low, middle, high = statistics.quantiles(result["seconds"][variant], n=4, method="inclusive")
@@ -140,8 +141,9 @@ def main(argv: list[str] | None = None) -> None:
         stage = {"unsharded": "none", "fully_shard_2": "zero2"}.get(variant, variant.removeprefix("torch_"))
         parts = "".join(f"{held[p] / 1e6:9.2f}" + f"({table[stage][p] / 1e6:.2f})".rjust(8) for p in held)
         spread = f"{1e3 * low:.0f} - {1e3 * high:.0f}"
-        print(f"{variant:15}{1e3 * middle:7.0f}{spread:>14}{result['bytes'][variant] / 1e6:9.2f}{formula / 1e6:9.2f}   {parts}"
-              f"  {'yes' if result['equal'][variant] else format(result['difference'][variant], '.1e')}")
+        equal = "yes" if result["equal"][variant] else format(result["difference"][variant], ".1e")
+        sent = f"{result['bytes'][variant] / 1e6:9.2f}{formula / 1e6:9.2f}"
+        print(f"{variant:15}{1e3 * middle:7.0f}{spread:>14}{sent}   {parts}  {equal}")
     ratios = {}
     for name, limit in LIMITS.items():
         ours, theirs = name.split("/")
