@@ -74,13 +74,11 @@ class UserError(ValueError):
 
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# A border is a place where a pre-token begins, whatever stands further left or right: long texts are cut there and the
-# parts treated alone. Two characters prove it, except after white space (which may join what follows) and between an
-# apostrophe and a letter (which may be a contraction).
+# A border is a place where a pre-token begins, whatever stands further left or right: the parts can be treated alone.
+# Two characters prove it, except after white space and between an apostrophe and a letter (perhaps a contraction).
 BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
 LAST_BORDER = regex.compile("(?r)" + BORDER)  # (?r) searches from the end
-
-NOWHERE = r"\A(?!)"  # a pattern that matches nowhere, and is quick to see it
+BLOCK_BYTES = 1 << 20  # what NumPy cuts at a time: most of it stays in the cache
 
 def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing.
@@ -91,24 +89,22 @@ def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
-    return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or NOWHERE})")
+    return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or chr(92) + 'A(?!)'})")  # \A(?!): nowhere
 
-# The pattern takes most of the time of a tokenizer. So a text is first cut at borders that NumPy finds, into pieces of
-# mostly one pre-token, and only the distinct ones are shown to the pattern: twenty times less in English text.
+# The pattern takes most of the time. So NumPy cuts a text at borders that it sees, into pieces of mostly one pre-token,
+# and only the distinct ones are shown to the pattern: in English text one of twenty.
 
 def border_flags(text: np.ndarray) -> np.ndarray:
-    """Whether a border is before each byte of a UTF-8 text; False where its neighbours do not tell.
+    """Whether each byte of a UTF-8 text begins a pre-token; False where the bytes beside it do not tell.
 
-    Special tokens are written 255 254 254 ... 254 here. Besides BORDER: the last white space before something else
-    begins a pre-token wherever it stands, for the rest of a run of white space is one of its own; and nothing joins
-    white space before it but the space.
+    Special tokens are written 255 254 254 ... here. Besides BORDER: the last white space before something else begins
+    a pre-token, for the rest of its run is one of its own, and nothing joins white space before it but a space.
     """
     letter, digit, unknown = (text | 32) - np.uint8(97) < 26, text - np.uint8(48) < 10, text > 127
     space = (text == 32) | (text - np.uint8(9) < 5)  # subtle: str.isspace has \x1c to \x1f too, the pattern has not
     sign = ~(letter | digit | unknown | space | (text == 39))
-    maybe_space = space | (text == 0xC2) | (text - np.uint8(0xE1) < 3) | (text > 253)  # first bytes of the others
-    flags = np.ones(len(text), bool)
-    flags[1:] = space[1:] & ~((space | unknown)[:-1] & np.append(maybe_space[2:], True))
+    maybe_space = space | (text == 0xC2) | (text - np.uint8(0xE1) < 3) | (text > 253)  # others begin with these bytes
+    flags = np.append(True, space[1:] & ~((space | unknown)[:-1] & np.append(maybe_space[2:], True)))
     flags[1:] |= letter[:-1] & ~(letter | unknown)[1:] | digit[:-1] & ~(digit | unknown)[1:]
     flags[1:] |= sign[:-1] & (letter | digit)[1:] | (space & (text != 32))[:-1] & ~maybe_space[1:]
     flags[1:] |= (text[:-1] > 253) & (text[1:] < 254)
@@ -117,26 +113,24 @@ def border_flags(text: np.ndarray) -> np.ndarray:
 def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
     """Block by block: the distinct pieces of a UTF-8 text, and for each place in turn which one of them stands there.
 
-    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; those with more are
-    numbered by a dict. Sorting brings equal ones together: in NumPy five times faster than a dict of all.
+    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; longer ones are
+    numbered by a dict. Sorting brings equal ones together, cheaper than a look into a dict for each.
     """
-    marks, pattern, specials = text, special_pattern(special_tokens), [token.encode("utf-8") for token in special_tokens]
-    if len(specials) == 1:  # the usual case, six times faster
-        marks = text.replace(specials[0], b"\xff" + b"\xfe" * (len(specials[0]) - 1))
-    elif specials:
-        marks = regex.compile(pattern.pattern.encode("utf-8")).sub(lambda match: b"\xff" + b"\xfe" * (len(match[0]) - 1), text)
+    pattern, mark = special_pattern(special_tokens), lambda size: b"\xff" + b"\xfe" * (size - 1)
+    if len(special_tokens) == 1:  # six times faster than the pattern
+        marks = text.replace(special_tokens[0].encode("utf-8"), mark(len(special_tokens[0].encode("utf-8"))))
+    else:
+        marks = regex.sub(pattern.pattern.encode("utf-8"), lambda match: mark(len(match[0])), text)
     outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # no UTF-8 text has the byte 255
     begin, size = 0, BLOCK_BYTES
     while begin < len(text):
-        mark = np.frombuffer(marks[begin : begin + size] + b"\xff", np.uint8)
-        borders = np.flatnonzero(border_flags(mark))
+        borders = np.flatnonzero(border_flags(np.frombuffer(marks[begin : begin + size] + b"\xff", np.uint8)))
         if begin + size < len(text):
             borders = borders[:-1]  # what comes last may go on
             if len(borders) < 2:
                 size *= 2
                 continue
-        start, length = borders[:-1], np.diff(borders)
-        block = text[begin : begin + borders[-1]]
+        start, length, block = borders[:-1], np.diff(borders), text[begin : begin + borders[-1]]
         begin, size = begin + len(block), BLOCK_BYTES
         words = np.ndarray((len(block) + 8,), "<u8", block + b"\xff" * 16, strides=(1,))  # the 8 bytes from each place
         head = words[start] | outside[np.minimum(length, 8)]
@@ -144,22 +138,20 @@ def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tupl
         numbers: dict[bytes, int] = {}
         for place in np.flatnonzero(length > 16).tolist():
             piece = block[start[place] : start[place] + length[place]]
-            head[place], tail[place] = numbers.setdefault(piece, len(numbers)), (1 << 64) - 2  # 254, 255, 255, ...
+            head[place], tail[place] = numbers.setdefault(piece, len(numbers)), (1 << 64) - 2  # which is no text
         bits = len(start).bit_length()
-        mixed = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits
-        mixed |= np.arange(len(start), dtype=np.uint64)
-        mixed.sort()  # by a hash of the piece, then by place
-        order = (mixed & ((1 << bits) - 1)).astype(np.int64)
-        head, tail, first = head[order], tail[order], np.ones(len(start), bool)
-        first[1:] = (head[1:] != head[:-1]) | (tail[1:] != tail[:-1])
+        order = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits  # a hash of the piece
+        order |= np.arange(len(start), dtype=np.uint64)  # and the place
+        order.sort()
+        order = (order & ((1 << bits) - 1)).astype(np.int64)
+        first = np.append(True, (np.diff(head[order]) != 0) | (np.diff(tail[order]) != 0))
         which = np.empty(len(start), np.int64)
         which[order] = np.cumsum(first) - 1
-        distinct = order[first]
-        ends = (start[distinct] + length[distinct]).tolist()
-        yield [block[a:b] for a, b in zip(start[distinct].tolist(), ends)], which
+        start, end = start[order[first]], (start + length)[order[first]]
+        yield [block[a:b] for a, b in zip(start.tolist(), end.tolist())], which
 
 def pretokens_of(piece: bytes) -> list[bytes]:
-    if piece.isalnum() or piece[1:].isalnum() and piece[0] == 32:  # of bytes, isalnum knows ASCII only: one, cut by NumPy
+    if piece.isalnum() or piece[1:].isalnum() and piece[0] == 32:  # of bytes, isalnum knows ASCII only: cut already
         return [piece]
     return [pretoken.encode("utf-8") for pretoken in PRETOKEN.findall(piece.decode("utf-8"))]
 
@@ -169,13 +161,12 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
     {'low': 1, ' low': 2, ' lower': 1}
     """
-    pieces: defaultdict[bytes, int] = defaultdict(int)
+    pieces, counts = Counter(), Counter()
     for distinct, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
         for piece, count in zip(distinct, np.bincount(which).tolist()):
             pieces[piece] += count
     for special in special_tokens:
         pieces.pop(special.encode("utf-8"), None)
-    counts: defaultdict[bytes, int] = defaultdict(int)
     for piece, count in pieces.items():
         for pretoken in pretokens_of(piece):
             counts[pretoken] += count
@@ -223,58 +214,31 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 
 # --- 3. Training: the same, faster ---
 #
-# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
-# and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
-
-def heap_order(token: bytes) -> str:
-    """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
-
-    Bytes are complemented; a last character above all bytes puts "ab" behind "abc".
-
-    >>> sorted([b"a", b"ab", b"abc", b"b"], key=heap_order)
-    [b'b', b'abc', b'ab', b'a']
-    """
-    return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
+# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten: a
+# merge costs its own occurrences and a look at all counts instead of the whole text.
 
 def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     """The merges of train_naive at the cost of the changes."""
-    words = [list(word.encode("utf-8")) for word in word_counts]  # token ids
-    tokens, merges = [bytes([byte]) for byte in range(256)], []
-    counts, order = list(word_counts.values()), [heap_order(token) for token in tokens]
-    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # may name words that hold it no more
-    for index, symbols in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
-            pair_counts[pair] += counts[index]
-            words_with[pair].append(index)
-    heap = [(-count, order[left], order[right], left, right) for (left, right), count in pair_counts.items()]
-    heapq.heapify(heap)
-    while heap and len(merges) < num_merges:
-        old_count, _, _, left, right = heapq.heappop(heap)
-        count = pair_counts[left, right]
-        if count != -old_count:  # it has fallen since, and is put back where it belongs
-            if count:
-                heapq.heappush(heap, (-count, order[left], order[right], left, right))
-            continue
-        merged = len(tokens)
-        merges.append((tokens[left], tokens[right]))
-        tokens.append(tokens[left] + tokens[right])
-        order.append(heap_order(tokens[merged]))
-        made: set[tuple[int, int]] = set()
-        for index in words_with.pop((left, right)):
-            old, new = words[index], merge_pair(words[index], (left, right), merged)
-            if len(new) == len(old):
-                continue
-            words[index] = new
-            for pair in zip(old, old[1:]):
-                pair_counts[pair] -= counts[index]
-            for pair in zip(new, new[1:]):
-                pair_counts[pair] += counts[index]
-                if merged in pair:  # this word is on the lists of its other pairs already
-                    words_with[pair].append(index)
-                    made.add(pair)
-        for pair in made:
-            heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
+    words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in word_counts]
+    counts, merges = list(word_counts.values()), []
+    pair_counts: Counter[Pair] = Counter()
+    words_with: defaultdict[Pair, set[int]] = defaultdict(set)  # may name words that hold it no more
+
+    def count(index: int, sign: int) -> None:
+        for pair in zip(words[index], words[index][1:]):
+            pair_counts[pair] += sign * counts[index]
+            words_with[pair].add(index)
+
+    for index in range(len(words)):
+        count(index, +1)
+    while len(merges) < num_merges and any(pair_counts.values()):
+        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
+        merges.append(best)
+        for index in words_with.pop(best):
+            count(index, -1)
+            words[index] = merge_pair(words[index], best, best[0] + best[1])
+            count(index, +1)
+        del pair_counts[best]
     return merges
 
 # --- 4. Training: fastest, in arrays ---
@@ -297,7 +261,15 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 # new pair always holds the new token, so that sorting brings its places together. Hence no count ever rises, and only
 # the pairs above a threshold need to stand in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
 
-BORDER_BYTE = 255
+def heap_order(token: bytes) -> str:
+    """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
+
+    Bytes are complemented; a last character above all bytes puts "ab" behind "abc".
+
+    >>> sorted([b"a", b"ab", b"abc", b"b"], key=heap_order)
+    [b'b', b'abc', b'ab', b'a']
+    """
+    return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
 
 def every_second(begins: np.ndarray) -> np.ndarray:
     """Marks the first, third, fifth, ... of each run; `begins` says where runs begin."""
@@ -310,87 +282,77 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merg
 
     known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
     """
-    if not word_counts:
-        return []
     text = ("\udcff".join(word_counts) + "\udcff").encode("utf-8", "surrogateescape")  # \udcff becomes the byte 255
     token, size = np.frombuffer(text, np.uint8).astype(np.int32), len(text)
-    lengths = np.diff(np.flatnonzero(token == BORDER_BYTE), prepend=-1)
-    weight = np.repeat(np.fromiter(word_counts.values(), np.int64, len(word_counts)), lengths)
+    lengths = np.diff(np.flatnonzero(token == 255), prepend=-1)
+    weight = np.repeat(np.array([*word_counts.values()] or [0]), lengths)
     # subtle: before place 0 comes -1, to NumPy the last place, which is a border as it should be
     before, after = np.arange(-1, size - 1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
-    pair_at = np.zeros(size, np.int32)
     # A merge brings at most two new pairs for each place it takes. Memory that is never written costs nothing.
-    places, most = np.empty(3 * size, np.int32), 65_537 + 2 * size
+    pair_at, places, most = np.zeros(size, np.int32), np.empty(3 * size, np.int32), 65_537 + 2 * size
     counts, first = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
-    left, right = np.zeros(most, np.int32), np.zeros(most, np.int32)
-    num_pairs = 1
-    tokens = [bytes([byte]) for byte in range(256)]
-    order = [heap_order(token) for token in tokens]
-    heap: list[tuple[int, str, str, int]] = []
-    ids, merges, threshold = {token: token_id for token_id, token in enumerate(tokens)}, [], 1 << 62
-    born = [1] * 256  # token -> number of the first of the pairs that came with it
+    left, right, num_pairs = np.zeros(most, np.int32), np.zeros(most, np.int32), 1
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
+    ids, order = {token: place for place, token in enumerate(tokens)}, [heap_order(token) for token in tokens]
+    born = [1] * 256 + [0]  # token -> number of the first pair that came with it
+    heap, threshold = [], 1 << 62
 
     def add_pairs(keys: np.ndarray, at: np.ndarray) -> tuple[slice, np.ndarray]:
         """Number the pairs at these places, one for each different key. Returns the numbers and their keys."""
-        codes = (keys.astype(np.int64) << 32) | at
+        codes = keys.astype(np.int64) << 32 | at
         codes.sort()  # by key, then by place
         at, keys = codes.astype(np.int32), codes >> 32
-        begins = np.ones(len(keys), bool)
-        np.not_equal(keys[1:], keys[:-1], out=begins[1:])
+        begins = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
         heads, end = np.flatnonzero(begins), first[num_pairs]
         new = slice(num_pairs, num_pairs + len(heads))
         if len(heads):
-            counts[new] = np.add.reduceat(weight[at], heads)
-            pair_at[at] = np.cumsum(begins) + (num_pairs - 1)
+            counts[new], pair_at[at] = np.add.reduceat(weight[at], heads), np.cumsum(begins) + (num_pairs - 1)
             first[new], first[new.stop], places[end : end + len(at)] = end + heads, end + len(at), at
         return new, keys[heads]
 
-    def push(numbers: np.ndarray) -> None:
-        for count, a, b, pair in zip(*(x[numbers].tolist() for x in (counts, left, right)), numbers.tolist()):
+    def push(pairs: np.ndarray) -> None:
+        for count, a, b, pair in zip(*(array[pairs].tolist() for array in (counts, left, right)), pairs.tolist()):
             heapq.heappush(heap, (-count, order[a], order[b], pair))
 
     def most_frequent() -> int:
         nonlocal threshold
-        while True:
-            while heap:
-                count, _, _, pair = heap[0]
-                if counts[pair] == -count:
-                    return pair
-                heapq.heappop(heap)
-                if counts[pair] >= threshold:
-                    push(np.array([pair]))
-            greatest = counts[:num_pairs].max()
-            if greatest <= 0:
-                return 0  # no pair is left
-            threshold = max(1, greatest * 3 // 4)
-            push(np.flatnonzero(counts[:num_pairs] >= threshold))
+        while heap or (greatest := counts[:num_pairs].max()) > 0:
+            if not heap:
+                threshold = max(1, greatest * 3 // 4)
+                push(np.flatnonzero(counts[:num_pairs] >= threshold))
+            count, _, _, pair = heap[0]
+            if counts[pair] == -count:
+                return pair
+            heapq.heappop(heap)
+            if counts[pair] >= threshold:
+                push(np.array([pair]))
+        return 0  # no pair is left
 
-    def known_pair(pair: Pair) -> int:
-        """Its number is one of those that came with the younger of its tokens; 0 if this text does not make it."""
+    def known(pair: Pair) -> int:
+        """The number of a pair, one of those that came with the younger of its tokens; 0 if it is not in the text."""
         a, b = (ids.get(token, -1) for token in pair)
-        young = max(a, b, 255)
-        start, end = born[max(a, b)], born[young + 1] if young + 1 < len(born) else num_pairs
-        found = np.flatnonzero((left[start:end] == a) & (right[start:end] == b))
-        return start + int(found[0]) if len(found) and counts[start + found[0]] > 0 else 0
+        start, end = born[max(a, b)], born[max(a, b, 255) + 1]
+        found = start + np.flatnonzero((left[start:end] == a) & (right[start:end] == b) & (counts[start:end] > 0))
+        return int(found[0]) if len(found) else 0
 
-    places_of_pairs = np.flatnonzero((token[:-1] != BORDER_BYTE) & (token[1:] != BORDER_BYTE))
-    new, keys = add_pairs(token[places_of_pairs] << 8 | token[places_of_pairs + 1], places_of_pairs)
+    at = np.flatnonzero((token[:-1] != 255) & (token[1:] != 255))
+    new, keys = add_pairs(token[at] << 8 | token[at + 1], at)
     left[new], right[new], num_pairs = keys >> 8, keys & 255, new.stop
+    born[256] = num_pairs
     while len(merges) < num_merges:
-        known = len(merges) < len(known_merges) and known_pair(known_merges[len(merges)])
-        if not (pair := known or most_frequent()):
+        given = len(merges) < len(known_merges) and known(known_merges[len(merges)])
+        if not (pair := given or most_frequent()):
             break
         a, b, merged = int(left[pair]), int(right[pair]), len(tokens)
         merges.append((tokens[a], tokens[b]))
         tokens.append(tokens[a] + tokens[b])
         order.append(heap_order(tokens[merged]))
         ids[tokens[merged]] = merged
-        born.append(num_pairs)
-        if not known:
+        if not given:
             on_merge(merges[-1], int(counts[pair]))
         at = places[first[pair] : first[pair + 1]]
         at = at[pair_at[at] == pair]  # some have been merged with their other neighbour since
-        if a == b:  # a a a holds two such pairs, of which the first is merged: in each run every second one
+        if a == b:  # a a a holds two such pairs, of which the first is merged
             at = at[every_second(np.append(True, after[at[:-1]] != at[1:]))]
         gone = after[at]
         beyond = after[gone]
@@ -398,13 +360,14 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merg
         token[at], after[at], before[beyond] = merged, beyond, at
         pair_at[gone] = pair_at[at] = counts[pair] = 0
         ahead = before[at]
-        ahead = ahead[(token[ahead] != BORDER_BYTE) & (token[ahead] != merged)]  # the rest is on the other side
+        ahead = ahead[(token[ahead] != 255) & (token[ahead] != merged)]  # what is merged itself counts as beyond
         np.subtract.at(counts, pair_at[ahead], weight[ahead])
-        at = at[token[beyond] != BORDER_BYTE]
-        keys = np.append(token[ahead] * 2, token[after[at]] * 2 + 1)  # odd: the merged token is on the left
-        new, keys = add_pairs(keys, np.append(ahead, at))
+        at = at[token[beyond] != 255]
+        # the key tells the other token, and that the merged one is on the left if it is odd
+        new, keys = add_pairs(np.append(token[ahead] * 2, token[after[at]] * 2 + 1), np.append(ahead, at))
         odd, keys = keys & 1 == 1, keys >> 1
         left[new], right[new], num_pairs = np.where(odd, merged, keys), np.where(odd, keys, merged), new.stop
+        born.append(num_pairs)
         push(new.start + np.flatnonzero(counts[new] >= threshold))
     return merges
 
