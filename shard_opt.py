@@ -111,21 +111,21 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
     """
     matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
     matrix = matrix.to(group["params"][0].device)
-
-    def three_steps(*blocks: Tensor) -> Tensor:
+    results = []
+    for blocks in ([matrix], [matrix[:3], matrix[3:]]):
         parameters = [nn.Parameter(block.clone()) for block in blocks]
         optimizer = make([{**group, "params": parameters}])
         optimizer.param_groups[0]["lr"] = 0.1  # one that shows: the group's may be a warm-up's first, 0
         for _ in range(3):
             for p in parameters:
                 p.grad = 1 + p.detach()
-            optimizer.step()
-        return torch.cat([p.detach() for p in parameters])
-
-    try:
-        whole, in_blocks = three_steps(matrix), three_steps(matrix[:3], matrix[3:])
-    except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
-        raise ValueError(f"this optimizer cannot be sharded; a step failed: {str(error).splitlines()[0]}") from None
+            try:
+                optimizer.step()
+            except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"this optimizer cannot be sharded, it fails on a trial matrix: {reason}") from None
+        results.append(torch.cat([p.detach() for p in parameters]))
+    whole, in_blocks = results
     # not to the last bit: fused kernels round a tensor's last few numbers in another way
     return bool((whole - in_blocks).abs().max() <= 1e-4 * (whole - matrix).abs().max())
 
@@ -510,7 +510,8 @@ def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     is_first, model_state = get_rank() == 0, {}
     for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items():
         whole = whole_of(p.detach(), p)  # one at a time: only rank 0 keeps them
-        model_state.update({name: whole.cpu()} if is_first else {})
+        if is_first:
+            model_state[name] = whole.cpu()
     if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer: speaks on rank 0 only
         optimizer.consolidate_state_dict(to=0)
         optimizer_state = optimizer.state_dict() if is_first else {}
@@ -537,12 +538,10 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
 
 def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     """Three steps on batches of num_slices slices: what this rank held and sent in a step, and what came out."""
-    from model import ModelConfig, TransformerLM
-
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=2000, context_length=32, d_model=128, num_layers=6, num_heads=4, d_ff=352)
-    module: nn.Module = TransformerLM(config)
+    layers = [layer for _ in range(8) for layer in (nn.Linear(300, 300), nn.GELU())]
+    module: nn.Module = nn.Sequential(nn.Embedding(1000, 300), *layers, nn.Linear(300, 1000))
     optimizer: Any = torch.optim.AdamW(module.parameters(), lr=1e-3)
     if mode != "none":
         module, optimizer = shard(module, mode, lambda m: [{"params": [*m.parameters()]}], torch.optim.AdamW, lr=1e-3)
@@ -552,8 +551,8 @@ def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     def step(number: int) -> None:
         optimizer.zero_grad()
         for index in range(ranks.rank, num_slices, ranks.world_size):
-            tokens = torch.randint(2000, (2, 33), generator=torch.Generator().manual_seed(10 * number + index))
-            loss = nn.functional.cross_entropy(module(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            inputs, targets = torch.randint(1000, (2, 50), generator=torch.Generator().manual_seed(10 * number + index))
+            loss = nn.functional.cross_entropy(module(inputs), targets)
             (loss * ranks.world_size / num_slices).backward()
         module.finish_gradient_synchronization()
         result.update(bytes_held(module, optimizer))
