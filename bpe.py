@@ -373,11 +373,9 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merg
 
 # --- 5. Long texts: chunks, workers, files ---
 
-BLOCK_BYTES = 1 << 20  # what is cut at a time: most of it stays in the cache
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 
 def text_size(path: PathLike) -> int:
-    """Bytes of a text file, or what is wrong with it."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -403,10 +401,9 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
 
     A part begins at a special token or, where none is near, at a border; never within a special token.
     """
-    size, window = text_size(path), 16_384
+    size, window, borders, target = text_size(path), 16_384, [0], num_bytes
     specials = regex.compile(special_pattern(special_tokens).pattern.encode("utf-8"))
     margin = max((len(token.encode("utf-8")) for token in special_tokens), default=0) + 4
-    borders, target = [0], num_bytes
     with open(path, "rb") as file:
         while target < size:
             first = target - min(target, margin)  # the margins hold any special token at an end of the window
@@ -419,7 +416,7 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
             marks[begins] = 255
             flags = border_flags(marks)
             flags[1:] &= marks[:-1] > 32  # subtle: white space is another pre-token at the end of a text
-            places = [first + place for place in begins + np.flatnonzero(flags).tolist()]
+            places = (first + place for place in begins + np.flatnonzero(flags).tolist())
             place = next((place for place in places if target <= place < min(target + window, size)), None)
             borders += [place] if place else []
             target = place + num_bytes if place else target + window
@@ -476,18 +473,16 @@ class Progress:
         self.terminal = sys.stderr.isatty()  # there a line overwrites the last one; a log file gets fewer
 
     def update(self, done: int) -> None:
-        now, scale = time.monotonic(), 1e6 if self.unit == "MB" else 1
+        now, scale, line = time.monotonic(), 1e6 if self.unit == "MB" else 1, ""
         if self.shown and done and now - self.printed > (0.5 if self.terminal else 10):
             rate, self.printed = done / (now - self.started), now
-            line = f"{self.what:<20} {done / scale:9,.1f} of {self.total / scale:,.1f} {self.unit}, "
-            line += f"{rate / scale:,.1f} a second, {(self.total - done) / rate:,.0f} s left"
+            line = (f"{self.what:<20} {done / scale:9,.1f} of {self.total / scale:,.1f} {self.unit}, "
+                    f"{rate / scale:,.1f} a second, {(self.total - done) / rate:,.0f} s left")
+        if line or self.terminal and done >= self.total and self.printed > self.started:  # in the end an empty line
             print(f"{line:<99}", end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
-        if self.terminal and done >= self.total and self.printed > self.started:
-            print(" " * 99, end="\r", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """A full disk or a forbidden place is the user's to mend, in whatever stage it shows."""
     try:
         yield
     except OSError as error:
@@ -517,17 +512,31 @@ def write_json(path: Path, facts: dict) -> None:
 
 def read_json(path: Path) -> dict:
     """A small file of ours; nothing when it is missing or damaged, so that the stage that writes it runs again."""
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        facts = None
-    return facts if isinstance(facts, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
+            return facts
+    return {}
 
 def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
     return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
 # --- 6. Training on a file ---
+
+class Kept:
+    """A value in a file, written once a minute and in the end, behind a checksum; a damaged one counts as missing."""
+
+    def __init__(self, path: Path | None, value: Any) -> None:
+        self.path, self.value, self.saved = path, value, time.monotonic()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            check, text = path.read_text(encoding="utf-8").split("\n", 1)
+            self.value = json.loads(text) if int(check) == zlib.crc32(text.encode("utf-8")) else value
+
+    def save(self, now: bool) -> None:
+        if self.path and (now or time.monotonic() - self.saved > 60):
+            text, self.saved = json.dumps(self.value), time.monotonic()
+            with write_atomically(self.path) as file:
+                file.write(f"{zlib.crc32(text.encode('utf-8'))}\n{text}")
 
 def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int) -> dict[str, int]:
     return count_pretokens(read_text(path, start, end), special_tokens)
@@ -538,42 +547,16 @@ def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int |
 
     The cache keeps the counts of the chunks done so far, for a run after an interruption.
     """
-    chunks = chunks_of(path, special_tokens, CHUNK_BYTES)
-    stored = read_json(cache) if cache else {}
-    counts, known = Counter(stored.get("counts", {})), stored.get("chunks", 0)
-    meter, saved = Progress("counting words", chunks[-1][1], shown=progress), time.monotonic()
+    chunks = chunks_of(path, special_tokens, min(max(text_size(path) // 8, CHUNK_BYTES), 8 * CHUNK_BYTES))
+    kept, meter = Kept(cache, [0, {}]), Progress("counting words", chunks[-1][1], shown=progress)
+    known, counts = kept.value[0], Counter(kept.value[1])
     tasks = [(path, *chunk) for chunk in chunks[known:]]
     for done, new in enumerate(parallel_map(count_chunk, list(special_tokens), tasks, num_workers), known + 1):
         counts.update(new)
         meter.update(chunks[done - 1][1])
-        if cache and (done == len(chunks) or time.monotonic() - saved > 60):
-            write_json(cache, {"chunks": done, "counts": counts})
-            saved = time.monotonic()
+        kept.value = [done, counts]
+        kept.save(now=done == len(chunks))
     return counts
-
-class MergeLog:
-    """Merges in a file, as they come. Each line ends in a checksum of all up to it, so reading stops at any damage."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.merges, self.check, sound = path, [], 0, 0
-        with _room_for(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+b", buffering=0)
-            self.file.seek(0)
-            for line in self.file.read().splitlines(keepends=True):
-                pair, _, check = line.rpartition(b" ")
-                if check != b"%08x\n" % zlib.crc32(pair, self.check):
-                    break
-                self.check = zlib.crc32(pair, self.check)
-                self.merges.append(tuple(bytes.fromhex(token.decode("ascii")) for token in pair.split(b" ")))
-                sound += len(line)
-            self.file.truncate(sound)
-
-    def append(self, pair: Pair) -> None:
-        line = b"%s %s" % tuple(token.hex().encode("ascii") for token in pair)
-        self.check = zlib.crc32(line, self.check)
-        with _room_for(self.path):
-            self.file.write(b"%s %08x\n" % (line, self.check))
 
 def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
     fixed = 256 + len(set(special_tokens))
@@ -591,35 +574,33 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, under a hash
     of the text: they serve every smaller vocab_size and a run after an interruption. seconds: gets each stage's time.
     """
-    special_tokens, path = list(dict.fromkeys(special_tokens)), Path(input_path)
+    special_tokens, path, caches = list(dict.fromkeys(special_tokens)), Path(input_path), [None, None]
     num_merges, seconds = num_merges_for(vocab_size, special_tokens), {} if seconds is None else seconds
     text_size(path)
-    merges: list[Pair] = []
-    kept_counts = log = None
     if cache_dir is not None:
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha256")
         key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
-        kept_counts, kept_merges = (Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("json", "merges"))
-        log = MergeLog(kept_merges)
-        merges = log.merges
+        caches = [Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("counts", "merges")]
+    kept = Kept(caches[1], [])  # bytes as latin-1
+    merges = [(left.encode("latin-1"), right.encode("latin-1")) for left, right in kept.value[:num_merges]]
     if len(merges) < num_merges:
         started = time.perf_counter()
-        counts = count_words(path, special_tokens, num_workers=num_workers, cache=kept_counts, progress=progress)
-        counted = time.perf_counter()
-        meter, number = Progress("merging pairs", num_merges, "merges", progress), itertools.count(len(merges) + 1)
+        counts = count_words(path, special_tokens, num_workers=num_workers, cache=caches[0], progress=progress)
+        counted, meter = time.perf_counter(), Progress("merging pairs", num_merges, "merges", progress)
 
         def tell(pair: Pair, count: int) -> None:
-            if log:
-                log.append(pair)
-            meter.update(next(number))
+            kept.value.append([token.decode("latin-1") for token in pair])
+            kept.save(now=False)
+            meter.update(len(kept.value))
             on_merge(pair, count)
 
-        with log.file if log else contextlib.nullcontext():
+        try:
             merges = train_vectorized(counts, num_merges, merges, tell)
+        finally:
+            kept.save(now=True)
         meter.update(num_merges)
         seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
-    merges = merges[:num_merges]
     if len(merges) < num_merges:
         print(f"{path}: no pair is left after {len(merges):,} of {num_merges:,} merges", file=sys.stderr)
     vocab = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
@@ -628,23 +609,14 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
 
 # --- 7. The tokenizer ---
 
-NO_RANK = 1 << 31  # above all ranks
+Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
 
-def merge_ranks(merges: Iterable[Pair], token_ids: Mapping[bytes, int]) -> dict[tuple[int, int], tuple[int, int]]:
-    """(left id, right id) -> (rank of the merge, id of the merged token)"""
-    ranks: dict[tuple[int, int], tuple[int, int]] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault((token_ids[left], token_ids[right]), (rank, token_ids[left + right]))
-    return ranks
-
-def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
+def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
     """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
 
     Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
     so n bytes cost n log n, even a run of 100,000 spaces.
     """
-    if not ranks or len(symbols) < 2:
-        return symbols
     end = len(symbols)
     after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
     heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
@@ -654,8 +626,7 @@ def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, 
         right = after[left]
         if right == end or (symbols[left], symbols[right]) != pair:
             continue  # one of the two has meanwhile been merged with its other neighbour
-        symbols[left], symbols[right] = ranks[pair][1], -1
-        after[left] = after[right]
+        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
         if after[left] < end:
             before[after[left]] = left
         for first, second in ((before[left], left), (left, after[left])):
@@ -663,13 +634,15 @@ def apply_merges(symbols: list[int], ranks: Mapping[tuple[int, int], tuple[int, 
                 heapq.heappush(heap, (ranks[pair][0], first, pair))
     return [symbol for symbol in symbols if symbol >= 0]
 
-class PairTable:
-    """The ranks of whole arrays of pairs: a hash table in which a pair that meets another one goes on to the next place."""
+NO_RANK = 1 << 31
 
-    def __init__(self, ranks: Mapping[tuple[int, int], tuple[int, int]]) -> None:
-        pairs = np.fromiter((left << 32 | right for left, right in ranks), np.int64, len(ranks))
+class PairTable:
+    """The ranks of whole arrays of pairs: a hash table in which a pair that meets another goes on to the next place."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        pairs = np.array([left << 32 | right for left, right in ranks], np.int64)
         rank, merged = np.array([*ranks.values()], np.int64).reshape(-1, 2).T
-        self.merged = np.zeros(len(ranks) and rank.max() + 1, np.int64)  # rank -> id
+        self.merged = np.zeros(rank.max(initial=0) + 1, np.int64)  # rank -> id
         self.merged[rank] = merged
         self.bits = (4 * len(pairs) + 4).bit_length()  # mostly empty
         self.pairs, self.ranks = np.full(1 << self.bits, -1), np.full(1 << self.bits, NO_RANK)
@@ -685,41 +658,35 @@ class PairTable:
         return (pairs.view(np.uint64) * 0x9E3779B97F4A7C15 >> (64 - self.bits)).astype(np.int64)
 
     def find(self, pairs: np.ndarray) -> np.ndarray:
-        """The rank of each pair, or NO_RANK."""
         place = self.first_place(pairs)
-        ranks, there = self.ranks[place], self.pairs[place]
-        others = np.flatnonzero(there != pairs)
-        while len(others):
-            ranks[others] = NO_RANK
-            others = others[self.pairs[place[others]] >= 0]  # at an empty place the search ends
+        others = np.flatnonzero(self.pairs[place] != pairs)
+        while len(others := others[self.pairs[place[others]] >= 0]):  # at an empty place the search ends
             place[others] = (place[others] + 1) % len(self.pairs)
-            ranks[others] = self.ranks[place[others]]
             others = others[self.pairs[place[others]] != pairs[others]]
-        return ranks
+        return self.ranks[place]  # of empty places NO_RANK
 
 def encode_words(words: Sequence[bytes], byte_ids: np.ndarray, table: PairTable) -> tuple[np.ndarray, np.ndarray]:
     """apply_merges of many pre-tokens at a time: all their ids in order, and for each id the number of its word.
 
-    Each round merges in every word the pair of the lowest rank wherever it stands, as the definition does. It is for
-    short words: one of n bytes may take n rounds.
+    Each round merges in every word the pair of the lowest rank wherever it stands, as the definition does: for short
+    words, since one of n bytes may take n rounds.
     """
     token = byte_ids[np.frombuffer(b"".join(words), np.uint8)]
-    word, done = np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words))), []
+    word = np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words)))
+    done = [(token[:0], word[:0])]
     while len(token):
         ends = np.append(word[1:] != word[:-1], True)
         rank = np.append(table.find(token[:-1] << 32 | token[1:]), NO_RANK)
         rank[ends] = NO_RANK
-        lengths = np.diff(np.flatnonzero(ends), prepend=-1)
-        lowest = np.repeat(np.minimum.reduceat(rank, np.cumsum(lengths) - lengths), lengths)
+        length = np.diff(np.flatnonzero(ends), prepend=-1)
+        lowest = np.repeat(np.minimum.reduceat(rank, np.cumsum(length) - length), length)
         going = lowest < NO_RANK
         done.append((token[~going], word[~going]))
         token, word, rank, lowest = token[going], word[going], rank[going], lowest[going]
-        hits = np.flatnonzero(rank == lowest)
-        hits = hits[every_second(np.diff(hits, prepend=-2) > 1)]
-        token[hits] = table.merged[rank[hits]]
-        stay = np.ones(len(token), bool)
-        stay[hits + 1] = False
-        token, word = token[stay], word[stay]
+        left = np.flatnonzero(rank == lowest)
+        left = left[every_second(np.diff(left, prepend=-2) > 1)]  # a a a
+        token[left] = table.merged[rank[left]]
+        token, word = np.delete(token, left + 1), np.delete(word, left + 1)
     token, word = (np.concatenate(parts) for parts in zip(*done))
     order = np.argsort(word, kind="stable")
     return token[order], word[order]
@@ -754,24 +721,27 @@ class Tokenizer:
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
         self.token_ids = {token: token_id for token_id, token in self.vocab.items()}
         for token in (special.encode("utf-8") for special in self.special_tokens):
-            if token not in self.token_ids:
-                self.token_ids[token] = self.vocab_size
-                self.vocab[self.vocab_size] = token
+            self.vocab.setdefault(self.token_ids.setdefault(token, self.vocab_size), token)
+        self._ranks: Ranks = {}
         try:
-            self._ranks = merge_ranks(self.merges, self.token_ids)
+            for rank, (left, right) in enumerate(self.merges):
+                pair = self.token_ids[left], self.token_ids[right]
+                self._ranks.setdefault(pair, (rank, self.token_ids[left + right]))
         except KeyError as error:
             raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
                             "tokenizer; restore them, or train the tokenizer anew") from None
         self._byte_ids = np.array([self.token_ids.get(bytes([byte]), -1) for byte in range(256)])
         self._specials = special_pattern(self.special_tokens)
-        self._special_ids = {special.encode("utf-8"): np.uint32(self.token_ids[special.encode("utf-8")]).tobytes()
-                             for special in self.special_tokens}
-        self._known = dict(self._special_ids)  # piece -> its ids, four bytes each: texts repeat themselves
+        self._known: dict[bytes, bytes] = {}  # piece -> its ids, four bytes each: texts repeat themselves
 
     @property
     def vocab_size(self) -> int:
         """One more than the greatest id: the rows that an embedding needs."""
         return max(self.vocab, default=-1) + 1
+
+    @functools.cached_property
+    def _table(self) -> PairTable:
+        return PairTable(self._ranks)
 
     def hash(self) -> str:
         """SHA-256 of all that decides the ids; token arrays and checkpoints remember it."""
@@ -779,17 +749,13 @@ class Tokenizer:
         merges = [[left.hex(), right.hex()] for left, right in self.merges]
         return hashlib.sha256(json.dumps([vocab, merges, self.special_tokens]).encode("ascii")).hexdigest()
 
-    @functools.cached_property
-    def _table(self) -> PairTable:
-        return PairTable(self._ranks)
-
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids as uint32. A long text is cut by NumPy and its new pieces encoded together; a short one is not."""
+        """The ids as uint32. A long text is cut by NumPy and its new pieces are encoded together."""
         try:
-            data = text.encode("utf-8")
+            data, blocks = text.encode("utf-8"), []
         except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
             return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
         if len(data) < 20_000:
@@ -797,19 +763,19 @@ class Tokenizer:
             for place, part in enumerate(self._specials.split(text)):  # special tokens stand at the odd places
                 pieces += [part] if place % 2 else PRETOKEN.findall(part)
             return np.frombuffer(b"".join(self._ids_of([piece.encode("utf-8") for piece in pieces])), np.uint32)
-        blocks = []
         for pieces, which in distinct_pieces(data, self.special_tokens):
             ids = self._ids_of(pieces)
             length = np.fromiter(map(len, ids), np.int64, len(ids)) // 4
-            first, each = np.cumsum(length) - length, length[which]
+            first, each = (np.cumsum(length) - length)[which], length[which]
             ends = np.cumsum(each)
-            place = np.repeat(first[which] - ends + each, each) + np.arange(ends[-1])
+            place = np.repeat(first - ends + each, each) + np.arange(ends[-1])
             blocks.append(np.frombuffer(b"".join(ids), np.uint32)[place])
         return np.concatenate(blocks)
 
     def _ids_of(self, pieces: list[bytes]) -> list[bytes]:
-        if len(self._known) > 500_000:  # some 100 MB; starting anew is cheaper than keeping track of age
-            self._known = dict(self._special_ids)
+        if not 0 < len(self._known) < 500_000:  # some 100 MB; starting anew is cheaper than keeping track of age
+            specials = [special.encode("utf-8") for special in self.special_tokens]
+            self._known = {special: np.uint32(self.token_ids[special]).tobytes() for special in specials}
         ids = list(map(self._known.get, pieces))
         new = [place for place, known in enumerate(ids) if known is None]
         for place, found in zip(new, self._encode_new([pieces[place] for place in new])):
@@ -819,28 +785,25 @@ class Tokenizer:
         return ids
 
     def _encode_new(self, pieces: list[bytes]) -> list[bytes]:
-        """The ids of new pieces: of many together, but for pre-tokens of more than 64 bytes."""
-        lacking = set(np.flatnonzero(self._byte_ids < 0).tolist())
-        for piece in pieces if lacking else ():
-            if missing := lacking & set(piece):
-                raise UserError(f"this vocabulary lacks the byte 0x{min(missing):02x} of {piece!r}: take a tokenizer with "
-                                "all 256 bytes")
+        """The ids of new pieces, of many together. Long pre-tokens are encoded one by one."""
+        if lacking := set(np.flatnonzero(self._byte_ids < 0).tolist()).intersection(b"".join(pieces)):
+            raise UserError(f"this vocabulary lacks the byte 0x{min(lacking):02x}: take a tokenizer with all 256 bytes")
         words, owner, alone = [], [], {}
         for number, piece in enumerate(pieces):
             parts = pretokens_of(piece)
-            if len(pieces) < 300 or len(piece) > 64 < max(map(len, parts)):
-                ids = [apply_merges(self._byte_ids[[*word]].tolist(), self._ranks) for word in parts]
-                alone[number] = np.array([*itertools.chain.from_iterable(ids)], np.uint32).tobytes()
-            else:
+            if len(pieces) >= 300 and max(map(len, parts)) <= 64:
                 words += parts
                 owner += [number] * len(parts)
-        token, word = encode_words(words, self._byte_ids, self._table) if words else (np.empty(0), owner)
+            else:
+                ids = [apply_merges(self._byte_ids[[*part]].tolist(), self._ranks) for part in parts]
+                alone[number] = np.array([*itertools.chain.from_iterable(ids)], np.uint32).tobytes()
+        token, word = encode_words(words, self._byte_ids, self._table) if words else (np.empty(0), [])
         counts = np.bincount(np.array(owner, np.int64)[word], minlength=len(pieces))
         ends, flat = np.cumsum(4 * counts).tolist(), token.astype(np.uint32).tobytes()
-        found = list(map(flat.__getitem__, map(slice, [0, *ends], ends)))
-        for number, ids in alone.items():
-            found[number] = ids
-        return found
+        ids = list(map(flat.__getitem__, map(slice, [0, *ends], ends)))
+        for number in alone:
+            ids[number] = alone[number]
+        return ids
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
         """The ids of "".join(strings), lazily, with memory for the longest pre-token but not for the text."""
