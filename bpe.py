@@ -960,40 +960,36 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
 GRAMMAR = """
 story: {open} {plot}
 plot: {lost} | {broken} | {noise} | {trouble} | {quarrel} | {gift}
-open: {once} {a trait}, {trait2} {child} (called|named) {hero} lived in {a look} {home} {near} {a look2} {place}. {like}
-once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north,
-  | Down south, | Over the sea, | Out west, | Last year,
-like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}.
-  | {He} had {a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.
+open: {once} {a trait}, {trait2} {child} (called|named) {hero} lived in {a look} {home} {near} {a look2} {place}.
+    {like}
+once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north, |
+    Down south, | Over the sea, | Out west, | Last year,
+like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}. | {He} had {a colour} {garment} and {number}
+    {trait3} {siblings}, and {loved} {hobby}.
 meet: (Along|Soon|Then|Up|By and by) came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so
     {sad}?"
 day: {one} {daytime}
 feast: They {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.
 ever: From then on, | After that, | Ever after, | Afterwards,
-
 lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because {loss}. {He} looked
     {near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3}
     {junk3}. {meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5}
     {spot4}. "{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.
-loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff}
-  | the {bag} was (much|far) too full/checked the {bag} every {weekday}
-  | nobody had closed the {bag}/closed the {bag} {adverb2}
-  | the {strap} of the {bag} broke/never used {a state4} {strap} again
-  | {a scary} {thief} took it/gave the {thief} {taste4} {treat4} every {weekday}
-  | a {gale} blew it away/stayed at home in every {gale} | the (road|path) was so bumpy/took the road by the {place3}
-
+loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff} | the {bag} was (much|far) too full/checked
+    the {bag} every {weekday} | nobody had closed the {bag}/closed the {bag} {adverb2} | the {strap} of the {bag}
+    broke/never used {a state4} {strap} again | {a scary} {thief} took it/gave the {thief} {taste4} {treat4} every
+    {weekday} | a {gale} blew it away/stayed at home in every {gale} | the (road|path) was so bumpy/took the road by
+    the {place3}
 broken: {hero} had {a quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2}
     and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
     {adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and
     mended the {part}. "{hooray}!" {cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}.
     {ever} {he} {mend}.
-damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture}
-  | it stood in the {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy}
-  | nobody had oiled it/oiled the {part} every {weekday}
-  | {a state3} screw was (loose|missing)/checked the screws {adverb2}
-  | the frost cracked it/kept the {toy} in {a colour5} blanket
-  | {a trait6} {thief} chewed it/hid the {toy} from every {thief}
-
+damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture} | it stood in the
+    {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy} | nobody had
+    oiled it/oiled the {part} every {weekday} | {a state3} screw was (loose|missing)/checked the screws {adverb2} | the
+    frost cracked it/kept the {toy} in {a colour5} blanket | {a trait6} {thief} chewed it/hid the {toy} from every
+    {thief}
 noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
     {monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so
     {sad}?" {asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept}
@@ -1001,48 +997,41 @@ noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {s
     {monster}, only {source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3}
     {treat3} in bed, and {hero} and {pet} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.
 one: One {weather}
-sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2}
-  | tap/a branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2}
-  | buzz/a bee in a {container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4}
-  | flap/{a colour3} curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket
-  | tick/an old clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea
-  | thump/a ball on the stairs/put it in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4}
-  | hoot/an owl in a {container}/waved to it {adverb2} | plop/a frog in a {container}/carried it to the {place3}
-  | rustle/a hedgehog in a {container}/led it to the {place3} | clang/a pan on a hook/took it down {adverb2}
-
+sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2} | tap/a
+    branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2} | buzz/a bee
+    in a {container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4} | flap/{a
+    colour3} curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket |
+    tick/an old clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea | thump/a ball on
+    the stairs/put it in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4} | hoot/an owl
+    in a {container}/waved to it {adverb2} | plop/a frog in a {container}/carried it to the {place3} | rustle/a
+    hedgehog in a {container}/led it to the {place3} | clang/a pan on a hook/took it down {adverb2}
 trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
     {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
     {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}.
     {feast} That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I
     helped when {problem}," {beamed} {hero}.
-problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch
-  | the (wind|storm) took the {den}/built one by the {spot}
-  | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4}
-  | the (fire|lamp) in the {den} went out/lit {a quality2} lamp
-  | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a state3} {container}
-  | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of {stuff2}
-  | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2}
-
+problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch | the (wind|storm) took the {den}/built one by
+    the {spot} | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4} | the (fire|lamp) in the {den} went
+    out/lit {a quality2} lamp | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a state3}
+    {container} | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of
+    {stuff2} | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2}
 quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4}
     {spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}.
     "No, mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3}, but felt {sad}. So {he}
     packed {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the
     {thing}, because {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5}
     {spot2}. {ever} both could {use} it.
-reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one
-  | {a trait5} {royal} had made it | it looked so {quality2}
-  | it was brighter than {gem} | it came from {a look3} {place3}
-
+reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5} {royal} had
+    made it | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3}
 gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
     {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero}
     took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb}. {one}
     {weekday} {he} {went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent}," {said}
     {hero}. "{hooray}! Now I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.
-spent/save: the money went on {a look4} {garment3}/bought no {garment3} again
-  | {a scary} {thief} took the money/hid the money from every {thief}
-  | the coins fell down {a look4} drain/kept coins in {a state4} {container}
-  | the money went to {a trait5} {worker}/saved some coins for the {worker}
-  | the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
+spent/save: the money went on {a look4} {garment3}/bought no {garment3} again | {a scary} {thief} took the money/hid
+    the money from every {thief} | the coins fell down {a look4} drain/kept coins in {a state4} {container} | the money
+    went to {a trait5} {worker}/saved some coins for the {worker} | the {bag} had {a size} hole/sewed up the {bag}
+    {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
 
 wet = rain snow mud sun; gale = storm gale whirlwind hurricane blizzard breeze; hero/child/he/his/him =
 {girl}/girl/she/her/her {boy}/boy/he/his/him; girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella
@@ -1363,30 +1352,27 @@ def download(url: str, path: Path, *, first_bytes: int | None = None, expected_b
                         have = file.tell()
                         meter.update(have)
             if have == total:
-                os.replace(part, path)
-                return
+                return os.replace(part, path)
             problem: Any = f"broke off at {have / 1e6:,.1f} of {total / 1e6:,.1f} MB"
         except (OSError, http.client.HTTPException) as error:  # refused, silent too long, reset, no such page
             problem = error
             if getattr(error, "code", None) == 416 and have:  # nothing there behind what we have: not the same file
                 part.unlink()
                 continue
-        # as long as something comes, the next attempt goes on from there
-        if not part.exists() or part.stat().st_size <= before:
+        if not part.exists() or part.stat().st_size <= before:  # as long as something comes, the next attempt goes on
             for name in ("reason", "reason", "strerror"):  # the bare words, without wrappers and numbers
                 problem = getattr(problem, name, None) or problem
             raise OSError(f"{urllib.parse.urlsplit(url).hostname}: {problem}") from None
 
 def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
     """One text of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
-    url, size = DOWNLOADS[dataset][split]
-    taken = data_bytes if data_bytes and data_bytes < size else None
-    fetched = path.with_suffix(".download")
-    if not url.endswith(".gz"):
-        download(url, fetched, first_bytes=taken, expected_bytes=size)
-    else:  # the packed size is not known before; text packs to less than half, so half the bytes hold enough of it
+    (url, size), fetched = DOWNLOADS[dataset][split], path.with_suffix(".download")
+    taken, packed = data_bytes if data_bytes and data_bytes < size else None, url.endswith(".gz")
+    if packed:  # its size is not known before; text packs to less than half, so half the bytes hold enough of it
         download(url, fetched, first_bytes=taken and taken // 2)
-    with (gzip.open if url.endswith(".gz") else open)(fetched, "rb") as source, write_atomically(path, "wb+") as target:
+    else:
+        download(url, fetched, first_bytes=taken, expected_bytes=size)
+    with (gzip.open if packed else open)(fetched, "rb") as source, write_atomically(path, "wb+") as target:
         try:
             while data := source.read1(min(1 << 18, (taken or size + 1) - target.tell())):
                 target.write(data)
@@ -1412,9 +1398,7 @@ def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> 
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
 
         def character(place: int) -> int:  # the next place that is not within one
-            while place < len(data) and data[place] & 0xC0 == 0x80:
-                place += 1
-            return place
+            return next((at for at in range(place, len(data)) if data[at] & 0xC0 != 0x80), len(data))
 
         size, mark = character(min(len(data), data_bytes or len(data))), END_OF_TEXT.encode("ascii")
         cut = int(size * 0.9)
@@ -1425,7 +1409,6 @@ def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> 
                 target.write(memoryview(data)[start:end])
 
 def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
-    """Some documents of a built-in corpus, each with END_OF_TEXT behind it and nothing else."""
     texts = itertools.islice(GENERATORS[dataset](seed, first), count)
     return "".join(text + END_OF_TEXT for text in texts).encode("utf-8")
 
@@ -1437,9 +1420,8 @@ def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_worke
     with write_atomically(path, "wb") as file, contextlib.closing(results):
         while (missing := num_bytes - file.tell()) > 0:
             block = next(results)
-            if len(block) > missing:
-                block = block[: block.index(mark, max(0, missing - len(mark))) + len(mark)]
-            file.write(block)
+            enough = block.find(mark, max(0, missing - len(mark))) + len(mark) if len(block) > missing else len(block)
+            file.write(block[:enough])
             meter.update(file.tell())
 
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
@@ -1459,31 +1441,26 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
     more_than_wanted = "train" in splits and (made.get("data_bytes") or math.inf) >= (data_bytes or math.inf)
     enough = train.exists() and (not made or made == wanted or more_than_wanted)
     if enough and val.exists():
-        say(f"data: found {train}, {train.stat().st_size / 1e6:,.1f} MB")
-        return
+        return say(f"data: found {train}, {train.stat().st_size / 1e6:,.1f} MB")
     amount = f"the first {data_bytes / 1e6:,.1f} MB" if data_bytes else "all"
     if "train" in splits:  # what is there stays until the new has come
         say(f"data: downloading {dataset}, {amount} of the training text and all of the validation text")
-        if not val.exists():
-            download_text(dataset, "val", val, None)
-        if not enough:
-            download_text(dataset, "train", train, data_bytes)
-        write_json(record, wanted)
-        return
-    source = Path(dataset)
+        for split, path, missing in (("val", val, not val.exists()), ("train", train, not enough)):
+            if missing:
+                download_text(dataset, split, path, data_bytes if split == "train" else None)
+        return write_json(record, wanted)
     if dataset in GENERATORS:
         say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
     else:
         say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
-        if splits:
-            source = folder / "input.txt"
-            download_text(dataset, "all", source, None)
+    if splits:
+        download_text(dataset, "all", folder / "input.txt", None)
     val.unlink(missing_ok=True)  # comes last: a run that is interrupted leaves none, and the next one begins anew
     if dataset in GENERATORS:
         generate_text(dataset, 0, train, wanted["data_bytes"], num_workers)
         generate_text(dataset, 1, val, min(1_000_000, wanted["data_bytes"] // 10), num_workers)
     else:
-        split_text(source, train, val, data_bytes)
+        split_text(folder / "input.txt" if splits else Path(dataset), train, val, data_bytes)
     write_json(record, wanted)
 
 class Prepared(NamedTuple):
@@ -1524,7 +1501,6 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
                            data_bytes=data_bytes and min(data_bytes, GENERATED_BYTES), num_workers=num_workers, say=say)
         else:
             raise UserError(f"cannot download {dataset} ({error}): put it at {folder}/train.txt and val.txt") from None
-
     record, seconds = tokenizer_dir / "training.json", {}
     wanted = {"special_tokens": [*special_tokens], "text": file_identity(texts[0])}
     if not (wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists()):
@@ -1536,10 +1512,10 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
         write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(num_workers)})
     tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
     for text, npy in zip(texts, arrays):
-        sidecar = npy.with_suffix(".json")
         wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
-        if not (npy.exists() and wanted.items() <= read_json(sidecar).items()):
-            count, facts = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True), read_json(sidecar)
+        if not (npy.exists() and wanted.items() <= read_json(npy.with_suffix(".json")).items()):
+            count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
+            facts = read_json(npy.with_suffix(".json"))
             speed = f"{facts['bytes_per_token']:.2f} bytes, {facts['tokens_per_second']:,.0f} a second"
             say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
@@ -1547,10 +1523,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
 # --- 12. The command line ---
 
 def peak_memory_bytes(num_workers: int | None) -> int:
-    """The most that this process and all its workers can have held: each counts as the greatest of them did.
-
-    0 where the system does not say.
-    """
+    """The most that this process and all its workers can have held, each as much as the greatest; 0 if unknown."""
     try:
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
     except ImportError:  # Windows
@@ -1603,11 +1576,10 @@ def report(data_dir: Path) -> str:
         name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
         training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
         longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-        slowest = max(seconds, key=lambda stage: seconds[stage])
-        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
+        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {max(seconds, key=seconds.get):>9}  {longest!r}")
         cells = ""
         for texts in corpora.values():
-            tokens = sum(len(tokenizer.encode(text)) for text in texts)
+            tokens = sum(map(len, map(tokenizer.encode, texts)))
             cells += f" {len(''.join(texts).encode('utf-8')) / max(1, tokens):12.2f}"
         path = folder.parent / "train.txt"
         text, started = read_text(path, *chunks_of(path, [END_OF_TEXT], CHUNK_BYTES)[0]), time.perf_counter()

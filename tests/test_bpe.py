@@ -375,9 +375,9 @@ def test_damaged_cache(tmp_path, damage):
     assert len(whole) == 2, f"{list(whole)}"
     for kept, data in whole.items():
         half = len(data) // 2
-        kept.write_bytes({"flipped": data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :], "cut off": data[:half],
-                          "no check": data.partition(b"\n")[2], "binary": data[:half] + b"\xff\x00\n", "empty": b""}[damage]
-        )
+        flipped = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+        kept.write_bytes({"flipped": flipped, "cut off": data[:half], "no check": data.partition(b"\n")[2],
+                          "binary": data[:half] + b"\xff\x00\n", "empty": b""}[damage])
     assert train_bpe(path, 400, [END_OF_TEXT], cache_dir=cache)[1] == clean, "other merges"
     assert {kept: kept.read_bytes() for kept in cache.iterdir()} == whole, "not replaced"
 
