@@ -1,17 +1,15 @@
 """How integers become a distribution over the next one: a decoder-only Transformer from raw parameters.
 
 A language model reads token ids x_1 .. x_T and returns, at every place t, one score (logit) for each entry of the
-vocabulary; softmax turns them into p(x_{t+1} | x_1 .. x_t). This file builds it in the order in which a token travels:
+vocabulary; softmax turns them into p(x_{t+1} | x_1 .. x_t). In the order in which a token travels:
 
     embedding  ->  num_layers times [ x += attention(norm(x));  x += ffn(norm(x)) ]  ->  norm  ->  lm_head  ->  logits
 
-Attention lets a place look at the places before it, the feed-forward network (ffn) works on each place alone, and
-their sum x, the residual stream, is the only road between them.
+Attention lets a place look at the places before it, the feed-forward network (ffn) works on each place alone; their
+sum x, the residual stream, is the only road between them.
 
     python model.py                                # every preset: parameters, FLOPs per token, training memory
     python model.py --preset 7b --batch_size 1     # one preset, part by part in exact numbers
-
-The first prints, among others,
 
     FLOPs per token of the forward pass (training: 3 times as many)
     in millions  projections  attention       ffn    head      total
@@ -102,13 +100,13 @@ class ModelConfig:
         if self.balance_rate is None:
             self.balance_rate = 0.001 if self.balance == "bias" else 0.01
         if self.num_experts:
-            for name, most in dict(num_experts=None, experts_per_token="num_experts", moe_every="num_layers").items():
-                require_positive(name, value := getattr(self, name))
-                if most and value > getattr(self, most):
-                    raise ValueError(f"{name} {value} is greater than {most} {getattr(self, most)}: lower it")
+            for name in ("num_experts", "experts_per_token", "moe_every"):
+                require_positive(name, getattr(self, name))
+            if self.experts_per_token > self.num_experts or self.moe_every > self.num_layers:
+                raise ValueError(f"experts_per_token {self.experts_per_token} of num_experts {self.num_experts}, "
+                                 f"moe_every {self.moe_every} of num_layers {self.num_layers}: too many")
             if self.ffn != "swiglu" or self.shared_experts < 0 or not self.balance_rate >= 0:
-                raise ValueError(f"ffn {self.ffn}, shared_experts {self.shared_experts}, balance_rate "
-                                 f"{self.balance_rate}: experts need swiglu, and the numbers must not be negative")
+                raise ValueError("experts need ffn swiglu, and shared_experts and balance_rate of at least 0")
 
     @property
     def head_dim(self) -> int:
@@ -201,22 +199,13 @@ class Linear(nn.Module):
         self.weight = truncated_normal(out_features, in_features, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and not torch.is_grad_enabled() and x.numel() <= 32 * x.shape[-1]:
-            return few_rows_linear(x, self.weight)
+        num_out, num_in = self.weight.shape
+        if x.is_cpu and not torch.is_grad_enabled() and x.numel() <= 32 * num_in and num_out % 2 == 0:
+            # Decoding: reading the weights is all the work, and torch gives a few rows to one core unless it is shown a
+            # batch of products, here the halves of the weights (two cores, AVX2: a quarter of a decoding step less).
+            rows, halves = x.reshape(1, -1, num_in).expand(2, -1, -1), self.weight.view(2, -1, num_in)
+            return torch.bmm(rows, halves.mT).transpose(0, 1).reshape(*x.shape[:-1], num_out)  # (..., out_features)
         return x @ self.weight.T  # (..., in_features) @ (in_features, out_features) -> (..., out_features)
-
-def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T when x has few rows, as in decoding on a CPU: reading the weights is all the work.
-
-    MKL lets one core read them when x is a single row, unless it is shown a batch of products, here the two halves of
-    the weights; with a few rows it is quicker with the large factor on the left. On two cores without AVX-512 this
-    buys a third of a decoding step for one row, a fifth for 16.
-    """
-    rows = x.reshape(-1, x.shape[-1])  # (N, in_features)
-    parts = 2 if len(rows) == 1 and len(weight) % 2 == 0 else 1
-    halves = weight.unflatten(0, (parts, -1))  # (parts, out_features / parts, in_features)
-    products = (halves @ rows.T.expand(parts, -1, -1)).flatten(0, 1)  # (out_features, N)
-    return products.T.contiguous().view(*x.shape[:-1], len(weight))  # (..., out_features)
 
 class Embedding(nn.Module):
     """One row of `embedding_dim` numbers for each of `num_embeddings` ids, looked up by index."""
@@ -273,9 +262,8 @@ class FeedForward(nn.Module):
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
 
-    Turning both vectors leaves a dot product that depends only on the difference of their positions, which is how
-    attention learns "three tokens ago". Pairs are neighbours (0,1), (2,3), ...; Hugging Face's Llama pairs i with
-    i + d_k/2 instead, which is the same model with the rows of q_proj and k_proj permuted.
+    The dot product of two turned vectors depends only on the difference of their positions: "three tokens ago". Pairs
+    are neighbours; Hugging Face's Llama pairs i with i + d_k/2, the same model with rows of q_proj and k_proj permuted.
 
     >>> rope = RotaryPositionalEmbedding(theta=10_000.0, d_k=2, max_seq_len=8)
     >>> rope(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))     # turned by 1 radian: (cos 1, sin 1)
@@ -285,21 +273,19 @@ class RotaryPositionalEmbedding(nn.Module):
     def __init__(self, theta: float, d_k: int, max_seq_len: int) -> None:
         super().__init__()
         assert d_k % 2 == 0, f"d_k must be even to be turned in pairs, got {d_k}"
-        self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
+        self.sizes = (theta, d_k, max_seq_len)
         # The table follows from the configuration, so it is not persistent: checkpoints do not carry it.
-        self.register_buffer("cos_sin", self.table(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("cos_sin", self.table().to(torch.get_default_dtype()), persistent=False)
 
-    def table(self, dtype: torch.dtype) -> Tensor:
-        frequencies = self.theta ** (-torch.arange(0, self.d_k, 2, dtype=torch.float64) / self.d_k)  # (D/2,)
-        angles = torch.arange(self.max_seq_len, dtype=torch.float64)[:, None] * frequencies  # (max_seq_len, D/2)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)  # (max_seq_len, D/2, 2)
+    def table(self) -> Tensor:
+        theta, d_k, max_seq_len = self.sizes
+        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)  # (D/2,)
+        angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies  # (max_seq_len, D/2)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)  # (max_seq_len, D/2, 2)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # subtle: model.bfloat16() means the weights. Cosines of three digits would blur positions, so wherever torch
-        # converts or moves the module the table is written anew, in float32 at least.
-        super()._apply(fn, recurse)
-        wide = torch.promote_types(self.cos_sin.dtype, torch.float32)
-        self.cos_sin = self.table(wide).to(self.cos_sin.device)
+        super()._apply(fn, recurse)  # subtle: model.bfloat16() means the weights; turns of three digits blur positions
+        self.cos_sin = self.table().to(self.cos_sin.device, torch.promote_types(self.cos_sin.dtype, torch.float32))
         return self
 
     def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
@@ -363,42 +349,34 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.num_experts, c, f = config, config.num_experts, config.d_model, config.d_ff
-        self.router = Linear(c, config.num_experts, std=1 / math.sqrt(c))
-        std = math.sqrt(2 / (c + f))
-        self.w1, self.w3 = (truncated_normal(config.num_experts, f, c, std=std) for _ in range(2))
-        self.w2 = truncated_normal(config.num_experts, c, f, std=std)
+        self.config, e, c, f = config, config.num_experts, config.d_model, config.d_ff
+        self.router, std = Linear(c, e, std=1 / math.sqrt(c)), math.sqrt(2 / (c + f))
+        self.w1, self.w2, self.w3 = (truncated_normal(e, *size, std=std) for size in ((f, c), (c, f), (f, c)))
         self.shared = SwiGLU(c, config.shared_experts * f) if config.shared_experts else None
-        self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.mix: Callable[..., Tensor] = mix_sorted
-        self.switched_off: int | None = None
-        self.recording, self.balance_loss = False, 0.0
-        self.step_load, self.load, self.entropy = 0.0, 0.0, 0.0  # become tensors: read on request, so no step waits
+        self.register_buffer("bias", torch.zeros(e))
+        self.mix, self.switched_off, self.recording = mix_sorted, None, False
+        # What forward notes. Numbers that become tensors: read when asked for, so that no step waits for them.
+        self.balance_loss = self.step_load = self.load = self.entropy = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, k = x.flatten(0, -2), self.config.experts_per_token  # (N, C)
+        experts = torch.arange(self.config.num_experts, device=x.device)  # (E,)
         with torch.autocast(x.device.type, enabled=False):  # rounded logits would swap near-equal experts
             logits = tokens.float() @ self.router.weight.float().T  # (N, E)
             if self.switched_off is not None:
-                off = torch.arange(self.num_experts, device=x.device) == self.switched_off  # (E,)
-                logits = logits.masked_fill(off, -torch.inf)
+                logits = logits.masked_fill(experts == self.switched_off, -torch.inf)
             p = torch.softmax(logits, dim=-1)  # (N, E)
             chosen = (p + self.bias.masked_fill(p.detach() == 0, -torch.inf)).topk(k, dim=-1).indices  # (N, K)
             gates = p.gather(1, chosen)  # (N, K)
             if k > 1:  # subtle: one gate divided by itself is 1 and would teach the router nothing
                 gates = gates / gates.sum(dim=-1, keepdim=True)
-        self.record(p, chosen)
-        y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
-        return y if self.shared is None else y + self.shared(x)
-
-    def record(self, p: Tensor, chosen: Tensor) -> None:
-        # A sum over comparisons counts without atomics. Computed each time, as a checkpointed block must repeat itself,
-        # but kept only the first time.
-        load = (chosen.flatten()[:, None] == torch.arange(self.num_experts, device=p.device)).sum(dim=0)  # (E,)
-        balance_loss = self.num_experts * (load / chosen.numel() * p.mean(dim=0)).sum()
-        if self.recording:
+        load = (chosen.flatten()[:, None] == experts).sum(dim=0)  # (E,): comparisons count without atomics
+        balance_loss = len(experts) * (load / chosen.numel() * p.mean(dim=0)).sum()
+        if self.recording:  # not when a checkpointed block computes it all again
             self.balance_loss, self.step_load = balance_loss, self.step_load + load
             self.load, self.entropy = self.load + load, self.entropy + torch.special.entr(p.detach()).sum()
+        y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
+        return y if self.shared is None else y + self.shared(x)
 
 # --- 5. The mask rule, and attention faster ---
 
@@ -475,12 +453,11 @@ class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all.
 
     Under the causal mask nothing that a token computed changes when later tokens arrive, and of it the later ones
-    need only its keys and values. They are kept per layer, before the heads are repeated: H/G times smaller.
+    need only its keys and values, per layer and before the heads are repeated: H/G times smaller.
 
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
-    Prompts of different lengths are aligned at their right ends: the places before a shorter one carry the segment id
-    PADDING_SEGMENT_ID and take up slots where nobody looks. Positions count the row's real tokens only, so that every
-    row sees those it would see alone. No gradient passes through what is cached.
+    Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
+    so that every row is what it would be alone. No gradient passes through what is cached.
 
     >>> config = ModelConfig(vocab_size=10, context_length=8, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> KVCache(config, batch_size=1).bytes_per_token()        # 2 (k, v) * 2 layers * 2 heads * 4 numbers * 4 bytes
@@ -511,8 +488,8 @@ class KVCache:
         if num_rows != batch_size:
             raise ValueError(f"the cache was made for {batch_size} rows and got {num_rows}: make one for each batch")
         if self.length + num_tokens > capacity:
-            more = f"holds {self.length} tokens and cannot take {num_tokens} more"
-            raise ValueError(f"the cache {more}, the context length is {capacity}: reset it and read the end again")
+            raise ValueError(f"the cache holds {self.length} tokens and cannot take {num_tokens} more, the context "
+                             f"length is {capacity}: reset it and read the end again")
         new = slice(self.length, self.length + num_tokens)
         self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
         if positions is None:  # padding in front keeps the position -1, where nobody looks, so that a text starts at 0
@@ -532,8 +509,8 @@ class KVCache:
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
 
-    With fewer key/value heads than query heads (grouped queries, Ainslie et al. 2023) groups of H/G query heads share
-    one: the cache for decoding shrinks by H/G and the quality hardly.
+    With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: so much smaller is the
+    cache for decoding, and hardly worse the quality.
     """
 
     def __init__(self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None, rope: RotaryPositionalEmbedding
@@ -567,10 +544,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
         self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
-        if is_moe:
-            self.ffn = MixtureOfExperts(config)
-        else:
-            self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
+        dense = SwiGLU if config.ffn == "swiglu" else partial(FeedForward, activation=config.ffn)
+        self.ffn = MixtureOfExperts(config) if is_moe else dense(c, f)
         self.ln1 = RMSNorm(c) if config.norm != "none" else nn.Identity()
         self.ln2 = RMSNorm(c) if config.norm != "none" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
@@ -621,7 +596,7 @@ class TransformerLM(nn.Module):
             # "Attention Is All You Need", section 3.4.
             self.embedding_scale = 1 / std
         # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
-        # size at any depth, which nothing else ensures when there are no norms (GPT-2 report, section 2.3).
+        # size at any depth, with norms or without (GPT-2 report, section 2.3).
         with torch.no_grad():
             for name, parameter in self.layers.named_parameters():
                 if "output_proj" in name or ".w2" in name:
@@ -632,8 +607,7 @@ class TransformerLM(nn.Module):
         """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
 
         positions (T,) or (B, T), all below context_length: place of each token in its text, by default 0 .. T-1, or
-        what follows in the cache. segment_ids (T,) or (B, T): a token sees only its own segment (document), and
-        PADDING_SEGMENT_ID nothing.
+        what follows in the cache. segment_ids (T,) or (B, T): a token sees its own segment only, padding nothing.
         """
         num_rows, num_tokens = token_ids.shape
         if num_tokens > self.config.context_length:
@@ -656,14 +630,12 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
-        for _, moe in self.moe:  # off again behind the loop: what a checkpointed block computes twice counts once
+        for _, moe in self.moe:
             moe.recording = True
         for layer, block in enumerate(self.layers):
             arguments = (x, positions, attend if cache is None else partial(cache.attend, layer, attend))
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)  # (B, T, C)
-            else:
-                x = block(*arguments)  # (B, T, C)
+            again = self.config.checkpoint_activations and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)  # (B, T, C)
         for _, moe in self.moe:
             moe.recording = False
         return self.ln_final(x)  # (B, T, C)
@@ -695,45 +667,41 @@ class TransformerLM(nn.Module):
         choices; a token's uncertainty (entropy of p over log E); how far the fullest lies above the mean (0: not)."""
         rows, e, k = [], self.config.num_experts, self.config.experts_per_token
         for layer, moe in self.moe:
-            load, entropy = torch.as_tensor(moe.load, dtype=torch.float64), float(moe.entropy)
-            if (total := load.sum().item()) > 0:
-                share = (load / total).tolist()
-                rows.append({"layer": layer, "load": share, "entropy": entropy / (total / k) / math.log(max(e, 2)),
+            if isinstance(moe.load, Tensor):
+                num_choices = moe.load.sum().item()
+                share, entropy = (moe.load.double() / num_choices).tolist(), moe.entropy.item() / (num_choices / k)
+                rows.append({"layer": layer, "load": share, "entropy": entropy / math.log(max(e, 2)),
                              "violation": max(share) * e - 1})
             moe.load = moe.entropy = 0.0
         return rows
 
     def switch_off_expert(self, layer: int, expert: int | None) -> None:
         """Keep every token away from one expert of a layer, to see what it was good for; None: all work again."""
-        experts = {i: moe for i, moe in self.moe}
+        experts = dict(self.moe)
         if layer not in experts or expert is not None and not 0 <= expert < self.config.num_experts:
             raise ValueError(f"layer {layer} has no expert {expert}: the layers with experts are {list(experts)}")
         experts[layer].switched_off = expert
 
 # --- 8. What it costs: parameters, FLOPs, memory ---
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters by part; the sum of the values is the model's.
+def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int]:
+    """Number of parameters by part; the sum of the values is the model's. `active`: of the experts only those that
+    one token takes.
 
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
-    c, kv_width = config.d_model, config.num_kv_heads * config.head_dim
+    c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, len(config.moe_layers)
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
-    num_moe = len(config.moe_layers)
-    networks = config.num_layers - num_moe + num_moe * (config.num_experts + config.shared_experts)
+    experts = config.shared_experts + (config.experts_per_token if active else config.num_experts)
+    networks, matrices = config.num_layers - num_moe + num_moe * experts, 3 if config.ffn == "swiglu" else 2
     return {
         "embeddings": config.vocab_size * c,
         "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
-        "ffn": networks * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff + num_moe * config.num_experts * c,
+        "ffn": networks * matrices * c * config.d_ff + num_moe * config.num_experts * c,  # and routers
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
-
-def active_parameters(config: ModelConfig) -> dict[str, int]:
-    """count_parameters of what one token passes through: of the experts, those that it takes."""
-    idle = len(config.moe_layers) * (config.num_experts - config.experts_per_token) * 3 * config.d_model * config.d_ff
-    return {part: number - idle * (part == "ffn") for part, number in count_parameters(config).items()}
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
@@ -746,7 +714,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
     """
     context_length = context_length or config.context_length
-    parameters = active_parameters(config)
+    parameters = count_parameters(config, active=True)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
         "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v
@@ -775,13 +743,11 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
         attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
     # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
-    # K experts: their rows before and after; gates (twice, and a sum); p; the choices, their order and its inverse in
-    # int64; and the input, if something must be added to.
-    k = config.experts_per_token
+    # K experts: rows before and after; gates, their sum, p; choices, order and its inverse in int64.
+    k, num_moe = config.experts_per_token, len(config.moe_layers)
     moe = (k + config.shared_experts) * ffn + 2 * k * c + 2 * k + 1 + config.num_experts + 6 * k
     # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
     stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
-    num_moe = len(config.moe_layers)
     activations = layers * attention + (layers - num_moe) * ffn + num_moe * moe + stream
     if config.checkpoint_activations:  # the inputs of all blocks, and one block at a time in full
         activations = layers * c + attention + (moe if num_moe else ffn) + stream * 3 / (2 * layers + 1)
@@ -792,20 +758,17 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
     }
 
 def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) -> dict[str, tuple[int | None, float]]:
-    """For each way of splitting the memory (see shard_opt.py): devices of this size that a training step takes, None
-    if no number is enough, and bytes on each. Every device has batch_size sequences of its own.
+    """For each --shard_opt: how many devices of this size a step of batch_size sequences on each takes (None: no number
+    is enough), and the bytes on each.
 
     >>> {stage: n for stage, (n, _) in devices_needed(ModelConfig(**PRESETS["7b"]), 1, 80e9).items()}
     {'none': None, 'zero1': None, 'zero2': 56, 'fsdp': 4}
     """
-    memory, needed = training_memory(config, batch_size), {}
-    sharded = {"none": (), "zero1": ("AdamW moments",), "zero2": ("gradients", "AdamW moments"),
-               "fsdp": ("parameters", "gradients", "AdamW moments")}
-    for stage, parts in sharded.items():
-        split = sum(memory[part] for part in parts)
-        whole = sum(memory.values()) - split
-        room = device_bytes - whole  # for a part of what is split
-        devices = max(1, math.ceil(split / room)) if room > 0 else None if split or room < 0 else 1
+    memory, needed, split = training_memory(config, batch_size), {}, 0
+    for stage, part in {"none": "", "zero1": "AdamW moments", "zero2": "gradients", "fsdp": "parameters"}.items():
+        split += memory.get(part, 0)  # each stage shares out one part more
+        room = device_bytes - (whole := sum(memory.values()) - split)
+        devices = max(1, math.ceil(split / room)) if room > 0 and split else 1 if room >= 0 and not split else None
         needed[stage] = (devices, whole + split / (devices or math.inf))
     return needed
 
@@ -821,37 +784,33 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
             partial(training_memory, batch_size=batch_size, context_length=context_length),
     }
     for title, account in accounts.items():
-        rows = []
-        for name in names:
-            parts = account(ModelConfig(**PRESETS[name]))
+        tables = {name: account(ModelConfig(**PRESETS[name])) for name in names}
+        for parts in tables.values():
             parts["total"] = sum(parts.values())
-            if len(names) == 1:
-                rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]
-            else:
-                rows = rows or [["in millions", *parts]]
-                rows.append([name, *(f"{n / 1e6:,.2f}" for n in parts.values())])
+        rows = [["in millions", *parts]]
+        rows += [[name, *(f"{n / 1e6:,.2f}" for n in tables[name].values())] for name in names]
+        if len(names) == 1:
+            rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         print(f"\n{title}")
         for first, *others in rows:
             print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Parameters, FLOPs and memory of the presets.", allow_abbrev=False)
-
-    def refuse(message: str) -> None:
-        raise ValueError(f"{message}; --help lists the flags")
-
-    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
+    parser = argparse.ArgumentParser(description="Parameters, FLOPs and memory of the presets.", allow_abbrev=False,
+                                     exit_on_error=False)
     parser.add_argument("--preset", choices=PRESETS, help="show one in detail")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
     parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
         for name in ("batch_size", "context_length"):
             if (value := getattr(args, name)) is not None:
                 require_positive(f"--{name}", value)
         show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         print(f"model.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -15,9 +15,11 @@ from flash import positions_in_segments, segment_ids_from_tokens
 from model import ModelConfig, TransformerLM
 from sample import TextStream, draw, generate, next_token_probabilities
 
+CAPACITY = 16  # tokens that the tiny model sees
+
 def tiny_model(**more) -> TransformerLM:
     torch.manual_seed(0)
-    config = dict(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    config = dict(vocab_size=50, context_length=CAPACITY, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
     model = TransformerLM(ModelConfig(**{**config, **more})).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # far from uniform, so that greedy choices mean something
@@ -80,9 +82,9 @@ def test_cache_equals_recomputing(more, prompts):
 def test_a_doc_mask_model_reads_documents_as_in_training(prompt):
     """With doc_mask every token is the argmax over its own document alone, counted from 0, where token 7 ends one; rows
     of a batch, the cache and no cache agree; without a stop_id nothing is a boundary."""
-    model, capacity = tiny_model(doc_mask=True), 16
+    model = tiny_model(doc_mask=True)
     for use_cache in (True, False):
-        window = list(prompt)[-capacity:]
+        window = list(prompt)[-CAPACITY:]
         for token, _ in generate(model, [prompt, [1]], 45, temperature=0.0, stop_id=7, use_cache=use_cache):
             segment_ids = segment_ids_from_tokens(torch.tensor([window]), 7)
             positions = positions_in_segments(segment_ids)
@@ -93,7 +95,7 @@ def test_a_doc_mask_model_reads_documents_as_in_training(prompt):
             assert token in (alone.argmax().item(), None) and (token is not None or alone.argmax().item() == 7)
             if token is None:
                 break
-            window = [*(window[-8:] if len(window) == capacity else window), token]
+            window = [*(window[-8:] if len(window) == CAPACITY else window), token]
         plain = list(generate(model, [prompt], 20, temperature=0.0, use_cache=use_cache))
         assert plain == list(generate(tiny_model(), [prompt], 20, temperature=0.0)), "no boundaries: one document"
 
