@@ -94,8 +94,7 @@ def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     return result
 
 def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
-    """Undivided tensors, the largest first, each to the rank that owns least so far (Graham 1969). That is uneven where
-    one tensor, such as the token embeddings, is more than a rank's part."""
+    """Undivided tensors, the largest first, each to the rank that owns least so far: even, if none is very large."""
     result = [[(0, 0)] * len(load) for _ in shapes]
     for index in sorted(range(len(shapes)), key=lambda index: -shapes[index].numel()):
         owner = load.index(min(load))
@@ -104,11 +103,9 @@ def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     return result
 
 def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group: dict[str, Any]) -> bool:
-    """Whether make([group]) moves two blocks of rows as it moves the matrix that they make up: tried out.
-
-    Adam does, number by number. Muon does not (singular values are the whole matrix's), nor Adafactor (it keeps means
-    over rows and columns): cut by rows they would run, and be wrong.
-    """
+    """Whether make([group]) moves two blocks of rows as it moves the matrix that they make up: tried out. Adam does.
+    Muon does not (singular values are the whole matrix's), nor Adafactor (it keeps means over columns): cut by rows
+    they would run, and be wrong."""
     matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
     matrix = matrix.to(group["params"][0].device)
     results = []
@@ -139,9 +136,9 @@ def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: lis
 class Unit:
     """Parameters p whose rows are exchanged together; p.shard, a parameter too, is the rows that this rank owns.
 
-    They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it. That
-    makes W messages for all of them, and no copies: the whole parameters are views into the buffer. (There is one for
-    each kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed.
+    They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it: W
+    messages for all of them, and no copies, as the whole parameters are views into the buffer. (There is one for each
+    kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed.
     """
 
     @torch.no_grad()
@@ -216,8 +213,8 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
         mean.mul_(1 / get_world_size())
         *averages, num_users = mean.split([*(shard.numel() for shard in shards), len(shards)])
         for shard, average, used_here, users in zip(shards, averages, used, num_users):
-            # the flag is read only if this rank did not use the parameter: a GPU would have to be waited for. Without
-            # rows there is no gradient either, so that no optimizer makes state
+            # without rows no gradient, so that no optimizer makes state. The number of users is read only by a rank
+            # that is not one of them: a GPU would have to be waited for
             if shard.numel() and (used_here or users > 0):
                 average = average.view_as(shard)
                 shard.grad = average if shard.grad is None else shard.grad.add_(average)
@@ -249,8 +246,8 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
 
-    Tensors of the parameter's shape are put together one at a time, so that no device needs room for all. Of anything
-    else, such as a step count, the first owner's is everyone's: the ranks exchange notes of what they have.
+    What has the parameter's shape is put together, one tensor at a time, so that no device needs room for all. Of the
+    rest, such as a step count, the first owner's is taken: the ranks exchange notes of what they have.
     """
     held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
     notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
@@ -463,10 +460,8 @@ MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
 
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
           compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:  # fmt: skip
-    """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups.
-
-    zero1 and torch_zero1 leave the module to ddp.py, whose modes reduce its gradients; the other modes wrap it.
-    """
+    """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups. zero1 and
+    torch_zero1 leave the module as it is: its gradients are for ddp.py to reduce. The other modes wrap it."""
     if mode not in MODES:
         raise ValueError(f"--shard_opt {mode} is not known: choose one of {', '.join(MODES)}")
     mode = mode if get_world_size() > 1 else mode.removeprefix("torch_")  # torch's need a process group
@@ -494,8 +489,8 @@ def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
-    """Scale the gradients of sharded parameters together so that their l2 norm over all ranks is at most max_l2_norm;
-    returns the norm they had. (By its own rows' norm each rank would scale differently.)"""
+    """Scale the gradients of shards so that their joint l2 norm, over all ranks, is at most max_l2_norm; returns the norm
+    they had. (By its own rows' norm each rank would scale differently.)"""
     gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
     norms = torch.stack([g.norm().float() for g in gradients]) if gradients else torch.zeros(1)
     norm = all_reduce_sum(norms.square().sum()).sqrt()
