@@ -489,8 +489,8 @@ def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
-    """Scale the gradients of shards so that their joint l2 norm, over all ranks, is at most max_l2_norm; returns the norm
-    they had. (By its own rows' norm each rank would scale differently.)"""
+    """Scale the gradients of shards so that their joint l2 norm, over all ranks, is at most max_l2_norm; returns the
+    norm they had. (By its own rows' norm each rank would scale differently.)"""
     gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
     norms = torch.stack([g.norm().float() for g in gradients]) if gradients else torch.zeros(1)
     norm = all_reduce_sum(norms.square().sum()).sqrt()
