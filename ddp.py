@@ -1,14 +1,14 @@
 """Data parallelism: several processes, each with its own copy of the model, splitting the data.
 
-Every process (a *rank*) computes gradients on its own part of the batch. Before the optimizer steps, the gradients are
-averaged over the ranks, so that all copies take the same step and stay equal:
+Every process (a *rank*) computes gradients on its own part of the batch. Before the optimizer steps, they are averaged
+over the ranks, so that all copies take the same step and stay equal:
 
     gradient = (gradient_0 + ... + gradient_{W-1}) / W          W = world_size
 
 That is the whole method. The rungs below differ in when the sum is started and in how many messages: one per parameter
 after the backward pass (naive), one for everything (flat), one per parameter *during* the backward pass (individual),
-a few buckets during it (bucketed), which is what PyTorch's own DistributedDataParallel does. On two ranks all of them
-give the same bits, those of one process that accumulates the same micro-batches, each loss divided by W.
+a few buckets during it (bucketed), as in PyTorch's own DistributedDataParallel. On two ranks all of them give the same
+bits, those of one process that accumulates the same micro-batches, each loss divided by W.
 
     python ddp.py                                   two processes against one, with the bytes they move
     python ddp.py --world_size 4 --ordered          four that add in rank order: still the same bits
@@ -34,17 +34,15 @@ import argparse
 import atexit
 import itertools
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,8 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # --- 1. Ranks: starting, waiting, stopping ---
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """This process's number among all, its number on this machine (which is its GPU's), and how many there are."""
 
     rank: int = 0
@@ -63,10 +60,8 @@ class Ranks:
 
 def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Ranks:
     """Join the processes that torchrun started; without torchrun this is Ranks(0, 0, 1) and nothing is started.
-
     timeout_s bounds every wait of one rank for another, where gloo's own default would hang for 30 minutes. GPUs talk
-    through NCCL, CPUs through gloo. Raises ValueError for a wrong setting, ConnectionError if the ranks do not meet.
-    """
+    through NCCL, CPUs through gloo. Raises ValueError for a wrong setting, ConnectionError if the ranks do not meet."""
     if "RANK" not in os.environ:
         return Ranks()
     try:
@@ -74,29 +69,29 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     except (KeyError, ValueError) as error:
         raise ValueError(f"RANK is set, but not all of torchrun's variables ({error}): start with torchrun") from None
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"several processes work on cpu or cuda, not on {device_type}: add --device cpu")
     if device_type == "cuda":
         if ranks.local_rank >= (num_gpus := torch.cuda.device_count()):
-            missing = f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this machine has {num_gpus}"
-            raise ValueError(f"{missing}: start at most {num_gpus} processes (--nproc-per-node) or add --device cpu")
+            raise ValueError(f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this machine has {num_gpus}: "
+                             f"start at most {num_gpus} processes (--nproc-per-node) or add --device cpu")
         torch.cuda.set_device(ranks.local_rank)
-    elif device_type != "cpu":
-        raise ValueError(f"several processes work on cpu or cuda, not on {device_type}: add --device cpu")
-    timeout = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         # subtle: torchrun keeps one store over all its restarts, with the addresses that the dead attempt's ranks left
         # there for each other; a prefix per attempt keeps them apart
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        _join(store, ranks, timeout, "nccl" if device_type == "cuda" else "gloo")
+        _join(store, ranks, timeout_s, "nccl" if device_type == "cuda" else "gloo")
     except RuntimeError as error:  # every error of torch.distributed is one
-        reason = _first_line(error)
+        reason = _reason(error)
         if "EADDRINUSE" in reason or "already in use" in reason:
             reason = "another program uses that port, choose another with --master-port"
-        who = f"rank {ranks.rank} of {ranks.world_size}"
-        raise ConnectionError(f"{who} could not join the others at {address} in {timeout_s:g} s: {reason}") from error
+        raise ConnectionError(f"rank {ranks.rank} of {ranks.world_size} could not join the others at {address} in "
+                              f"{timeout_s:g} s: {reason}") from error
     return ranks
 
-def _join(store: dist.Store, ranks: Ranks, timeout: timedelta, backend: str) -> None:
+def _join(store: dist.Store, ranks: Ranks, timeout_s: float, backend: str) -> None:
+    timeout = timedelta(seconds=timeout_s)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     atexit.register(_leave_note)
@@ -120,14 +115,13 @@ def barrier(message: str) -> None:
     """Wait until every rank has come here; RankFailure says what was waited for, and who is missing (on gloo)."""
     if not dist.is_initialized():
         return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-        return
     try:
-        # subtle: its own default is 30 minutes, whatever the group's timeout is
-        dist.monitored_barrier(timeout=_store().timeout, wait_all_ranks=True)
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[torch.cuda.current_device()])
+        else:  # subtle: its own default is 30 minutes, whatever the group's timeout is
+            dist.monitored_barrier(timeout=_store().timeout, wait_all_ranks=True)
     except RuntimeError as error:
-        raise RankFailure(f"waited in vain for {message}: {_first_line(error)}") from error
+        raise RankFailure(f"waited in vain for {message}: {_reason(error)}") from error
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The object that rank `source` holds, on every rank: a run's name, paths, settings."""
@@ -138,10 +132,8 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 def on_rank_0(work: Callable[[], Any], description: str) -> Any:
     """Run work() on rank 0 alone while the others wait, however long it takes; all of them return its result.
-
-    A barrier would not do: preparing data may take minutes, while the collectives' timeout is there to end a job that
-    hangs. So the others look five times a second for rank 0's note in the store, and say after two seconds what they
-    wait for. If work() raises, they raise RankFailure at once. If rank 0 is killed, torchrun ends them.
+    A barrier would not do: preparing data may outlast the timeout that ends a job that hangs. So the others look for
+    rank 0's note in the store, and say after two seconds what they wait for. If work() raises, they raise RankFailure.
     """
     if get_world_size() == 1:
         return work()
@@ -156,10 +148,9 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
             store.set(key, _reason(error))
             raise
         store.set(key, "done")
-    start, told = time.monotonic(), False
+    num_looks = 0
     while not store.check([key]):
-        if not told and time.monotonic() - start > 2:
-            told = True
+        if (num_looks := num_looks + 1) == 10:
             print(f"rank {rank} waits for rank 0: {description}", file=sys.stderr, flush=True)
         time.sleep(0.2)
     if (outcome := store.get(key).decode()) != "done":
@@ -168,9 +159,7 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
 
 def end_distributed() -> None:
     """Leave the group at the end of a run that went well: nobody goes before all have come.
-
-    Never in a `finally`: a rank that failed would wait here for ranks that wait for it elsewhere.
-    """
+    Never in a `finally`: a rank that failed would wait here for ranks that wait for it elsewhere."""
     if dist.is_initialized():
         _leave_note()
         barrier("the end of the run")
@@ -187,50 +176,43 @@ def _leave_note() -> None:
         if dist.is_initialized() and not _store().check([f"failed/{get_rank()}"]):
             _store().set(f"finished/{get_rank()}", "yes")
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    # of "[/file.cc:553] Connection closed by peer. This is typically ..." the middle
-    return line.split("] ", 1)[-1].split(". ")[0] if line.startswith("[/") else line
-
 def _reason(error: BaseException) -> str:
-    # ValueError and OSError carry a sentence for the user; of anything else the type is half of the message
-    is_sentence = isinstance(error, (ValueError, OSError, RankFailure))
-    return _first_line(error) if is_sentence else f"{type(error).__name__}: {_first_line(error)}"
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if line.startswith("[/"):  # of "[/file.cc:553] Connection closed by peer. This is typically ..." the middle
+        line = line.split("] ", 1)[-1].split(". ")[0]
+    # these carry a sentence; of anything else, as KeyError: 'x', the type is half of the message
+    return line if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {line}"
 
 def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
-
     A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
     a timeout, and look there: for a reason, for a rank that has finished early, and for ranks that stay silent for
-    `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting.
-    """
+    `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting."""
+    reason = _reason(error)
     if get_world_size() == 1:
-        return _reason(error)
-    rank, reason, store = get_rank(), _reason(error), _store()
+        return reason
+    rank, store = get_rank(), _store()
     # gloo raises plain RuntimeErrors, known by their text only: "[.../gloo/transport/tcp/pair.cc:547] Connection ..."
     by_text = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
     lost_contact = by_text or isinstance(error, (RankFailure, dist.DistError))
     peers = [peer for peer in range(get_world_size()) if peer != rank]
     why = "the rank that hosts the store is gone"
-    try:
+    with suppress(RuntimeError):
         store.set(f"failed/{rank}", "" if lost_contact else reason)
         if not lost_contact:
             return f"rank {rank} failed: {reason}"
-        silent, deadline = set(peers), time.monotonic() + patience_s
+        silent, deadline = peers, time.monotonic() + patience_s
         while silent and time.monotonic() < deadline:
-            for peer in [peer for peer in silent if store.check([f"failed/{peer}"])]:
+            silent = [peer for peer in peers if not store.check([f"failed/{peer}"])]
+            for peer in set(peers).difference(silent):
                 if theirs := store.get(f"failed/{peer}").decode():
                     return f"rank {rank} stops because rank {peer} failed: {theirs}"
-                silent.remove(peer)
             time.sleep(0.05)
-        finished = [peer for peer in peers if store.check([f"finished/{peer}"])]
-        why = f"there is no answer from rank {', '.join(map(str, sorted(silent)))} (killed, hanging or waiting)"
-        if finished:
+        why = "the ranks lost each other"
+        if finished := [peer for peer in peers if store.check([f"finished/{peer}"])]:
             why = f"rank {finished[0]} had already finished or left, and every rank needs the same number of steps"
-        elif not silent:
-            why = "the ranks lost each other"
-    except RuntimeError:
-        pass
+        elif silent:
+            why = f"there is no answer from rank {', '.join(map(str, silent))} (killed, hanging or waiting)"
     return f"rank {rank} stops because {why}: {reason}"
 
 # --- 3. The collectives ---
@@ -239,19 +221,15 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
 # two the tensors belong to the network. Without a process group all of them leave things as they are.
 
 def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
-    """Replace `tensor` by its sum over the ranks, on every rank, in place.
-
-    The library chooses the order of the additions: any order gives the same bits on two ranks, but not on four.
-    """
+    """Replace `tensor` by its sum over the ranks, on every rank, in place. The library chooses the order of the
+    additions: any order gives the same bits on two ranks, but not on four."""
     return dist.all_reduce(tensor, async_op=True).wait if get_world_size() > 1 else lambda: None
 
 def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.ProcessGroup | None = None
                          ) -> Callable[[], None]:
     """Rank r gets the sum over the ranks of their pieces[r], in `output` (which may be that piece itself).
-
-    Each rank sends piece r straight to rank r, which adds what it receives in rank order: the additions of one process
-    that accumulates micro-batches 0, 1, 2, ... Pieces may differ in length. On gloo this is also twice as fast as its
-    own reduce-scatter, which is an all-reduce underneath.
+    Each rank sends piece r straight to rank r, which adds what it receives in rank order, as one process that
+    accumulates micro-batches 0, 1, 2, ... does. Pieces may differ in length. gloo's own is half as fast: an all-reduce.
     """
     members = members_of(group)
     assert len(pieces) == len(members), f"{len(pieces)} pieces for {len(members)} ranks"
@@ -274,39 +252,32 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
 
 def start_all_gather(pieces: list[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], Any]:
     """Every rank has filled pieces[its rank]; fill the others. One broadcast a rank: faster than gloo's all-gather."""
-    senders = [(r, piece) for r, piece in zip(members_of(group), pieces, strict=True) if len(pieces) > 1]
-    works = [dist.broadcast(piece, r, group, async_op=True) for r, piece in senders]
+    senders = zip(members_of(group), pieces, strict=True) if len(pieces) > 1 else ()
+    works = [dist.broadcast(piece, sender, group, async_op=True) for sender, piece in senders]
     return lambda: [work.wait() for work in works]
 
-def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], None]:
+def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """An all-reduce made of the two above: the same bytes, added in rank order, so the same bits at any world size."""
     assert tensor.is_contiguous(), f"an ordered all-reduce needs a contiguous tensor, not strides {tensor.stride()}"
     pieces = list(tensor.view(-1).tensor_split(get_world_size()))
     finish_scatter = start_reduce_scatter(pieces, pieces[get_rank()])
-
-    def finish() -> None:
-        finish_scatter()
-        start_all_gather(pieces)()
-
-    return finish
+    return lambda: (finish_scatter(), start_all_gather(pieces)())
 
 def all_reduce_sum(value: Tensor | float) -> Tensor | float:
     """The sum of `value` over the ranks: a new tensor for a tensor, a float, added in float64, for a number."""
     if get_world_size() == 1:
         return value
-    if isinstance(value, Tensor):
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
+    if not isinstance(value, Tensor):
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 def token_loss_scale(num_tokens: int) -> float:
     """What each rank multiplies its *summed* loss by, so that averaged gradients are those of the mean over tokens:
     where ranks hold different numbers of them (padding, ignored targets), the mean of their means is not the mean.
-
-    num_tokens counts this rank's tokens in all micro-batches of the step; call it once, before the first of them.
-    """
+    num_tokens counts this rank's tokens in all micro-batches of the step."""
     total_tokens = all_reduce_sum(float(num_tokens))
     if total_tokens == 0:
         raise ValueError("no rank has a token to learn from in this batch: every target is ignored")
@@ -323,10 +294,8 @@ def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> flo
 
 def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
-
-    No implementation can flatter it. Other programs' bytes are in it too, so take the least of several measurements.
-    Only rank 0's answer counts: it starts counting before it lets the others go.
-    """
+    Other programs' bytes are in it too, so take the least of several measurements. Only rank 0's answer counts: it
+    starts counting before it lets the others go."""
 
     def count() -> float:
         lines = Path("/proc/net/dev").read_text().splitlines() if Path("/proc/net/dev").exists() else []
@@ -342,10 +311,8 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
 
 def check_same_model(module: nn.Module) -> None:
     """Raise ValueError on every rank, naming the first difference, unless all ranks hold the same list of tensors.
-
-    Not a formality: gloo aborts the process when sizes differ, and gives garbage without a word on (2, 3) against
-    (3, 2) or float32 against int32.
-    """
+    gloo would abort when sizes differ, and give garbage without a word on (2, 3) against (3, 2) or float32 against
+    int32."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     mine = [f"{name} {tuple(t.shape)} {t.dtype}{' trained' if t.requires_grad else ''}" for name, t in tensors]
     everyones: list[Any] = [mine] * get_world_size()
@@ -359,9 +326,7 @@ def check_same_model(module: nn.Module) -> None:
 @torch.no_grad()
 def broadcast_model(module: nn.Module) -> None:
     """Copy rank 0's parameters, frozen ones too, and buffers to all ranks. A tied weight travels once."""
-    if get_world_size() == 1:
-        return
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [*module.parameters(), *module.buffers()] if get_world_size() > 1 else []
     for work in [dist.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]:
         work.wait()
 
@@ -376,8 +341,7 @@ class DDPNaive(nn.Module):
         optimizer.step()
 
     A parameter that only some ranks used in this step gets the average with zeros for the others; one that nobody used
-    keeps the gradient None, so that the optimizer passes it over. ordered=True adds in rank order.
-    """
+    keeps the gradient None, so that the optimizer passes it over. ordered=True adds in rank order."""
 
     def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
         super().__init__()
@@ -407,8 +371,10 @@ class DDPNaive(nn.Module):
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
         """To be called between backward and step: after it every rank holds the same, averaged gradients."""
-        if not self.synchronizing or self.world_size == 1:
-            return
+        if self.synchronizing and self.world_size > 1:
+            self._average()
+
+    def _average(self) -> None:
         num_users = self._used_flags(self.trainable)  # then summed: how many ranks used each parameter
         self.start_sum(num_users)()
         for parameter, users in zip(self.trainable, num_users.tolist()):
@@ -427,20 +393,14 @@ class DDPNaive(nn.Module):
 
 class DDPFlat(DDPNaive):
     """All gradients in one long vector (one for each dtype) and one all-reduce: saves the fixed cost of messages.
+    It takes a second copy of the gradients, and still nothing is sent before the backward pass is over."""
 
-    It takes a second copy of the gradients, and still nothing is sent before the backward pass is over.
-    """
-
-    @torch.no_grad()
-    def finish_gradient_synchronization(self) -> None:
-        if not self.synchronizing or self.world_size == 1:
-            return
+    def _average(self) -> None:
         for dtype in dict.fromkeys(parameter.dtype for parameter in self.trainable):
             group = [parameter for parameter in self.trainable if parameter.dtype == dtype]
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients] + [self._used_flags(group)])
-            flat *= 1 / self.world_size
-            self.start_sum(flat)()
+            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), self._used_flags(group)])
+            self.start_sum(flat.mul_(1 / self.world_size))()
             *averages, num_users = flat.split([p.numel() for p in group] + [len(group)])
             for parameter, average, users in zip(group, averages, num_users.tolist()):
                 if users > 0:
@@ -456,31 +416,23 @@ class DDPIndividual(DDPNaive):
     finish_gradient_synchronization() sends what never became ready, as zeros.
 
     A message is a flat buffer, made once, for the gradients of a group of parameters: here one. A gradient is divided
-    while it is copied there, and then `parameter.grad` is a view into it: nothing is copied back. The flags of used
-    parameters ride at the end of the last message. `events` keeps the last step's order of ("ready", parameter's index)
-    and ("sent", message's number).
-    """
+    while it is copied there, then `parameter.grad` is a view into it: nothing is copied back. The flags of used
+    parameters end the last message. `events` logs a step: ("ready", parameter's index), ("sent", message's number)."""
 
-    def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, ordered: bool = False, plan: Callable[..., list] | None = None) -> None:
         super().__init__(module, ordered=ordered)
-        self.groups = self._plan_groups()
+        self.groups = plan(self.trainable) if plan else [[parameter] for parameter in self.trainable]
         self.messages: list[Tensor] = []
-        self.view_of: dict[nn.Parameter, Tensor] = {}
-        for group in self.groups:
+        self.place_of: dict[nn.Parameter, tuple[int, int, Tensor]] = {}  # index, number of its message, its view there
+        for number, group in enumerate(self.groups):
             sizes = [parameter.numel() for parameter in group]
             sizes.append(len(self.trainable) if group is self.groups[-1] else 0)
-            message = torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device)
-            *views, self.flags = message.split(sizes)
-            self.view_of.update((parameter, view.view(parameter.shape)) for parameter, view in zip(group, views))
-            self.messages.append(message)
-        self.index_of = {parameter: index for index, parameter in enumerate(self.trainable)}
-        self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
+            self.messages.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
+            *views, self.flags = self.messages[-1].split(sizes)
+            for parameter, view in zip(group, views):
+                self.place_of[parameter] = len(self.place_of), number, view.view(parameter.shape)
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self._start_step()
-        for parameter in self.trainable:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
-
-    def _plan_groups(self) -> list[list[nn.Parameter]]:
-        return [[parameter] for parameter in self.trainable]
 
     def _start_step(self) -> None:
         self.num_missing = [len(group) for group in self.groups]
@@ -502,12 +454,9 @@ class DDPIndividual(DDPNaive):
             name = next(name for name, p in self.module.named_parameters() if p is parameter)
             raise RuntimeError(f"a second gradient for {name} before finish_gradient_synchronization(): wrap "
                                "micro-batches but the last in no_sync(), use checkpointing with use_reentrant=False")
-        self._add(parameter)
-
-    def _add(self, parameter: nn.Parameter) -> None:
         if not self.ready:
             self.events: list[tuple[str, int]] = []
-        view, index = self.view_of[parameter], self.index_of[parameter]
+        index, number, view = self.place_of[parameter]
         if parameter.grad is None:
             self.unused.append(parameter)
             self.flags[index] = 0
@@ -517,84 +466,60 @@ class DDPIndividual(DDPNaive):
         parameter.grad = view
         self.ready.add(parameter)
         self.events.append(("ready", index))
-        self.num_missing[self.group_of[parameter]] -= 1
-        while (number := len(self.in_flight)) < len(self.groups) and self.num_missing[number] == 0:
-            self.events.append(("sent", number))
-            self.in_flight.append(self.start_sum(self.messages[number]))
+        self.num_missing[number] -= 1
+        while (following := len(self.in_flight)) < len(self.groups) and self.num_missing[following] == 0:
+            self.events.append(("sent", following))
+            self.in_flight.append(self.start_sum(self.messages[following]))
 
-    @torch.no_grad()
-    def finish_gradient_synchronization(self) -> None:
-        if not self.synchronizing or self.world_size == 1:
-            return
+    def _average(self) -> None:
         for parameter in self.trainable:
             if parameter not in self.ready:
-                self._add(parameter)
+                self._on_gradient(parameter)
         for finish in self.in_flight:
             finish()
         if self.unused:  # else the flags are not read: a GPU would have to be waited for
             num_users = self.flags.tolist()
             for parameter in self.unused:
-                if num_users[self.index_of[parameter]] == 0:
+                if num_users[self.place_of[parameter][0]] == 0:
                     parameter.grad = None
         self._start_step()
 
 # --- 8. Bucketed: few messages, during the backward pass ---
 
-FIRST_BUCKET_MB = 1.0  # small, so that the network gets something to do early in the backward pass
-
-def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float | None) -> list[list[nn.Parameter]]:
-    """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each.
-
-    A parameter larger than that is a bucket of its own; None stands for no limit.
-    """
-    if bucket_size_mb is not None and not bucket_size_mb > 0:
-        raise ValueError(f"bucket_size_mb is {bucket_size_mb}, it must be positive (or None: one bucket for all)")
-    limit = math.inf if bucket_size_mb is None else bucket_size_mb * 2**20
-    first_limit = limit if bucket_size_mb is None else min(limit, FIRST_BUCKET_MB * 2**20)
-    buckets: list[list[nn.Parameter]] = []
-    free_bytes = 0.0
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        kind = (parameter.dtype, parameter.device)
-        if not buckets or num_bytes > free_bytes or kind != (buckets[-1][0].dtype, buckets[-1][0].device):
-            free_bytes = limit if buckets else first_limit
+def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[list[nn.Parameter]]:
+    """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each. A
+    parameter larger than that is a bucket of its own. The first bucket is small: the network gets work to do early."""
+    if not bucket_size_mb > 0:
+        raise ValueError(f"bucket_size_mb is {bucket_size_mb}, it must be positive")
+    buckets: list[list[nn.Parameter]] = [[]]
+    free_bytes = min(bucket_size_mb, 1.0) * 2**20
+    for p in parameters:
+        last = buckets[-1]
+        if last and (p.nbytes > free_bytes or (p.dtype, p.device) != (last[0].dtype, last[0].device)):
             buckets.append([])
-        buckets[-1].append(parameter)
-        free_bytes -= num_bytes
+            free_bytes = bucket_size_mb * 2**20
+        buckets[-1].append(p)
+        free_bytes -= p.nbytes
     return buckets
 
 class DDPBucketed(DDPIndividual):
     """Larger groups: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
-
     How large? With s bytes in all, a network of w bytes/s and a fixed cost of o seconds per message, n buckets leave
     the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes
-    (measured by tests/bench_ddp.py).
-    """
+    (measured by tests/bench_ddp.py)."""
 
-    def __init__(self, module: nn.Module, bucket_size_mb: float | None = 25.0, *, ordered: bool = False) -> None:
-        self.bucket_size_mb = bucket_size_mb
-        super().__init__(module, ordered=ordered)
-
-    def _plan_groups(self) -> list[list[nn.Parameter]]:
-        return plan_buckets(self.trainable, self.bucket_size_mb)
+    def __init__(self, module: nn.Module, bucket_size_mb: float = 25.0, *, ordered: bool = False) -> None:
+        super().__init__(module, ordered=ordered, plan=lambda trainable: plan_buckets(trainable, bucket_size_mb))
 
 # --- 9. One switch for all of them ---
 
 MODES = ("naive", "flat", "individual", "bucketed", "torch")
 
-class DDPTorch(DistributedDataParallel):
-    """PyTorch's own: a C++ Reducer fills and sends the buckets, and is done when backward() returns."""
-
-    def finish_gradient_synchronization(self) -> None:
-        pass
-
-def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, ordered: bool = False,
+def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered: bool = False,
          find_unused_parameters: bool = False) -> nn.Module:
     """The module in the data-parallel wrapper called `mode`. The module itself, its names untouched, is at `.module`.
-
     find_unused_parameters is torch's, which raises without it when a step leaves a parameter unused (a mixture of
-    experts does); ours always allow that. torch's no_sync() must enclose the forward pass, ours only the backward pass.
-    """
+    experts does); ours always allow that. torch's no_sync() must enclose the forward pass, ours only the backward."""
     if mode not in MODES:
         raise ValueError(f"--ddp {mode} is not known: choose one of {', '.join(MODES)}")
     if mode == "torch" and ordered:
@@ -606,16 +531,17 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float | None = 25.0, o
     if mode != "torch":
         return {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
     check_same_model(module)
-    wrapped = DDPTorch(module, bucket_cap_mb=1e6 if bucket_size_mb is None else bucket_size_mb,
-                       gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    wrapped = DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
+                                      find_unused_parameters=find_unused_parameters)
     wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
+    wrapped.finish_gradient_synchronization = lambda: None  # its C++ Reducer is done when backward() returns
     return wrapped
 
 # --- 10. Context parallelism: splitting the sequence ---
 #
-# A long sequence is split like a batch: every layer but attention looks at one token at a time. Attention to t tokens
-# before it costs t, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N
-# chunks, and rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
+# A long sequence is split like a batch: every layer but attention looks at one token at a time. A token attends to all
+# before it, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N chunks, and
+# rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
 #
 #       keys  0 1 2 3
 #   queries 0 #            rank 0
@@ -662,13 +588,12 @@ class ContextParallel:
         if x.shape[dim] % (2 * self.size):
             raise ValueError(f"{x.shape[dim]} tokens do not divide into 2 x {self.size} chunks: take a multiple of "
                              f"{2 * self.size}")
-        pieces = x.chunk(2 * self.size, dim)
-        return torch.cat([pieces[chunk] for chunk in self.chunks], dim)
+        return torch.cat([x.chunk(2 * self.size, dim)[chunk] for chunk in self.chunks], dim)
 
     def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
               ) -> list[Tensor | None]:
-        """Split a batch: tensors (B, T), then positions and segment ids, numbered over the whole sequence. The whole
-        of the last two is kept: it belongs to the keys."""
+        """Split a batch: tensors (B, T), then positions and segment ids, numbered over the whole sequence and kept:
+        whole, they belong to the keys."""
         if positions is None:
             positions = torch.arange(tokens[0].shape[-1], device=tokens[0].device)  # (T,)
         self.positions, self.segment_ids = positions, segment_ids
@@ -679,16 +604,17 @@ class ContextParallel:
         Each of the two chunks meets only the keys up to its own end: what lies behind it is not causal."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-            whole = _GatherSequence.apply(torch.cat((k, v), dim=-1), self)  # (B, G, S, 2D)
+            whole = torch.cat((k, v), dim=-1)  # one message for both
+            if self.size > 1:
+                whole = _GatherSequence.apply(whole, self)  # (B, G, T, 2D)
             outputs, length = [], q.shape[2] // 2
             for half, chunk in enumerate(self.chunks):
-                here, end = slice(half * length, (half + 1) * length), (chunk + 1) * length
-                keys, values = whole[:, :, :end].split((k.shape[-1], v.shape[-1]), dim=-1)  # (B, G, end, D)
-                ids = segment_ids is not None
-                outputs.append(local(
-                    q[:, :, here], keys, values, positions=positions[..., here], kv_positions=self.positions[..., :end],
-                    segment_ids=segment_ids[..., here] if ids else None,
-                    kv_segment_ids=self.segment_ids[..., :end] if ids else None))
+                here, seen = slice(half * length, (half + 1) * length), slice((chunk + 1) * length)
+                keys, values = whole[:, :, seen].split((k.shape[-1], v.shape[-1]), dim=-1)  # (B, G, S, D)
+                places = {"positions": positions[..., here], "kv_positions": self.positions[..., seen]}
+                if segment_ids is not None:
+                    places |= {"segment_ids": segment_ids[..., here], "kv_segment_ids": self.segment_ids[..., seen]}
+                outputs.append(local(q[:, :, here], keys, values, **places))
             return torch.cat(outputs, dim=2)  # (B, H, T/N, D)
 
         return attend
@@ -704,45 +630,37 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, context: ContextParallel) -> Tensor:
         ctx.context, ctx.dtype = context, x.dtype
-        parts = [x.contiguous() if at == context.index else torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for at in range(context.size)]
-        start_all_gather(parts, context.group)() if context.size > 1 else None
-        by_chunk = dict(zip(context.order, (half for part in parts for half in part.chunk(2, dim=2))))
-        return torch.cat([by_chunk[chunk] for chunk in range(2 * context.size)], dim=2)
+        parts = [x.contiguous() if at == context.index else x.new_empty(x.shape) for at in range(context.size)]
+        start_all_gather(parts, context.group)()
+        chunks = [half for part in parts for half in part.chunk(2, dim=2)]  # in context.order
+        return torch.cat([chunks[context.order.index(chunk)] for chunk in range(len(chunks))], dim=2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         context = ctx.context
-        halves = grad.to(torch.promote_types(ctx.dtype, torch.float32)).chunk(2 * context.size, dim=2)  # adds in 32
-        parts = [torch.cat([halves[chunk] for chunk in context.order[2 * at : 2 * at + 2]], dim=2)
-                 for at in range(context.size)]
-        if context.size > 1:
-            start_reduce_scatter(parts, parts[context.index], context.group)()
+        grad = grad.to(torch.promote_types(ctx.dtype, torch.float32))  # 16 bits would be added up in 32
+        chunks = [grad.chunk(2 * context.size, dim=2)[chunk] for chunk in context.order]
+        parts = [torch.cat(pair, dim=2) for pair in zip(chunks[::2], chunks[1::2])]
+        start_reduce_scatter(parts, parts[context.index], context.group)()
         return parts[context.index].to(ctx.dtype), None
 
 # --- 11. Running it: two processes against one ---
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run function(ranks, *args) in world_size new processes on this machine, and return their results in rank order.
-
     The function must be importable by name; results are tensors, numbers, strings, and lists and dicts of these. When a
     rank fails, the others are ended and torch.multiprocessing's ProcessRaisedException or ProcessExitedException says
-    which one and why. (torchrun does this for whole programs.)
-    """
-    # a forkserver imports torch once and forks every rank from there: 0.1 s instead of 3 s for two of them. _dynamo is
-    # the slow part of torch, which the first optimizer imports
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    which one and why. timeout_s bounds the waits of ranks for each other. (torchrun does this for whole programs.)"""
+    # a forkserver imports torch once and forks every rank from there: 0.1 s instead of 3 s for two of them; _dynamo,
+    # which the first optimizer imports, is the slow part of torch
+    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
     if method == "forkserver":
-        multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
+        torch.multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _rank_main, (function, world_size, folder, timeout_s, args), world_size, join=False, start_method=method)
-        deadline = time.monotonic() + timeout_s + 10  # the ranks' own timeout comes first, and knows more
-        while not context.join(max(0.0, deadline - time.monotonic()), grace_period=3):
-            if time.monotonic() >= deadline:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__} on {world_size} ranks did not end in {timeout_s + 10:g} s")
+        while not context.join(grace_period=3):
+            pass
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
 
 def _rank_main(rank: int, function: Callable, world_size: int, folder: str, timeout_s: float, args: tuple) -> None:
@@ -750,7 +668,7 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
     torch.set_num_threads(1)  # more threads may add in another order, and results are compared to the bit
     try:
         if world_size > 1:
-            _join(dist.FileStore(f"{folder}/store", world_size), ranks, timedelta(seconds=timeout_s), "gloo")
+            _join(dist.FileStore(f"{folder}/store", world_size), ranks, timeout_s, "gloo")
         torch.save(function(ranks, *args), Path(folder, f"{rank}.pt"))
         end_distributed()
     except Exception as error:
@@ -763,34 +681,34 @@ COLLECTIVES = {  # name -> what starts it on a tensor and its pieces, one for ea
     "all_gather": lambda tensor, pieces: start_all_gather(pieces),
 }
 
-def _demo_collective(ranks: Ranks, name: str) -> tuple[list[float], float]:
-    """The collective on four numbers, and the bytes per rank that it takes for a million."""
+def _demo_collectives(ranks: Ranks) -> list[tuple[list[float], float]]:
+    """Every collective on four numbers, and the bytes per rank that it takes for a million."""
 
-    def run(tensor: Tensor) -> Tensor:
+    def run(name: str, tensor: Tensor) -> Tensor:
         pieces = list(tensor.tensor_split(ranks.world_size))
         COLLECTIVES[name](tensor, pieces)()
         return pieces[ranks.rank] if name == "reduce_scatter" else tensor
 
-    numbers = run(torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist()
-    return numbers, min(measure_bytes_sent(lambda: run(torch.ones(2**20))) for _ in range(3))
+    return [(run(name, torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist(),
+             min(measure_bytes_sent(lambda: run(name, torch.ones(2**20))) for _ in range(3)))  # noqa: B023
+            for name in COLLECTIVES]
 
-def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
-    """A few optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
+def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
+    """Five optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
     torch.manual_seed(0)
     layers = [module for _ in range(8) for module in (nn.Linear(300, 300), nn.LayerNorm(300), nn.GELU())]
     model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, bucket_size_mb=0.5, ordered=ordered)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sent = []
 
     def compute_gradients(step: int) -> None:
         for number in range(ranks.rank, num_micro_batches, ranks.world_size):
-            generator = torch.Generator().manual_seed(1000 * step + number)
-            inputs, targets = torch.randn(20, 300, generator=generator), torch.randint(7, (20,), generator=generator)
-            loss = nn.functional.cross_entropy(model(inputs), targets)
+            torch.manual_seed(1000 * step + number)
+            loss = nn.functional.cross_entropy(model(torch.randn(20, 300)), torch.randint(7, (20,)))
             (loss * ranks.world_size / num_micro_batches).backward()
         model.finish_gradient_synchronization()
 
-    sent = []
-    for step in range(num_steps):
+    for step in range(5):
         optimizer.zero_grad()
         sent.append(measure_bytes_sent(lambda: compute_gradients(step)))  # noqa: B023
         optimizer.step()
@@ -803,34 +721,29 @@ def _demo_training(ranks: Ranks, num_steps: int, num_micro_batches: int, mode: s
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
     parser.add_argument("--world_size", type=int, default=2, choices=(2, 4), help="number of processes (default 2)")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each rung (default 5)")
     parser.add_argument("--ordered", action="store_true", help="add in rank order: same bits at any world size")
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps} must be positive")
-    world_size = args.world_size
+    world_size, ordered = vars(parser.parse_args(argv)).values()
 
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
-    for name in COLLECTIVES:
-        by_rank = run_ranks(_demo_collective, world_size, name)
+    for name, *by_rank in zip(COLLECTIVES, *run_ranks(_demo_collectives, world_size)):
+        formula, measured = bytes_sent_per_rank(name, 4 * 2**20, world_size), by_rank[0][1]
         numbers = " | ".join(" ".join(f"{number:g}" for number in numbers) for numbers, _ in by_rank)
-        formula = bytes_sent_per_rank(name, 4 * 2**20, world_size)
-        print(f"{name:16}{formula / 1e6:8.2f}{by_rank[0][1] / 1e6:10.2f}   {numbers}")
+        print(f"{name:16}{formula / 1e6:8.2f}{measured / 1e6:10.2f}   {numbers}")
 
-    [alone] = run_ranks(_demo_training, 1, args.steps, world_size, "naive", args.ordered)
-    num_bytes = sum(4 * parameter.numel() for parameter in alone["parameters"])
+    [alone] = run_ranks(_demo_training, 1, world_size, "naive", ordered)
+    num_bytes = sum(parameter.nbytes for parameter in alone["parameters"])
     formula = bytes_sent_per_rank("all_reduce", num_bytes, world_size)
-    print(f"\n{args.steps} steps of AdamW: {world_size} processes against one that accumulates their micro-batches")
+    print(f"\n5 steps of AdamW: {world_size} processes against one that accumulates their micro-batches")
     print(f"{len(alone['parameters'])} gradients, {num_bytes / 1e6:.2f} MB; formula: {formula / 1e6:.2f} MB a rank")
     print(f"{'--ddp':12}{'max difference':>16}{'messages':>10}{'of them early':>15}{'MB sent per rank':>18}")
-    for mode in MODES[: -1 if args.ordered else None]:  # torch's adds in an order of its own
-        result = run_ranks(_demo_training, world_size, args.steps, world_size, mode, args.ordered)[0]
+    for mode in MODES[: -1 if ordered else None]:  # torch's adds in an order of its own
+        result = run_ranks(_demo_training, world_size, world_size, mode, ordered)[0]
         difference = max((a - b).abs().max().item() for a, b in zip(alone["parameters"], result["parameters"]))
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")
     print("early: sent while the backward pass was still computing, before the last gradient was ready")
-    if world_size > 2 and not args.ordered:
+    if world_size > 2 and not ordered:
         print("differences: the library adds four numbers in an order of its own; --ordered adds them in rank order")
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
 """Attention without the T x T matrix, from the definition to Triton kernels.
 
-Attention is out = softmax(scale * q k^T) v, row by row, over the keys that a mask leaves visible. Written down like
-that it needs a (T, S) matrix of scores per head: 32 GiB for one head at 131,072 tokens in 16 bits. FlashAttention
-(Dao 2023, arXiv 2307.08691) walks over the keys in tiles and keeps, per query, only three running things:
+Attention is out = softmax(scale * q k^T) v, row by row, over the keys that a mask leaves visible. Written like that it
+needs a (T, S) matrix of scores: 32 GiB for one head at 131,072 tokens in 16 bits. FlashAttention (Dao 2023, arXiv
+2307.08691) walks over the keys in tiles and keeps, per query, only three running things:
 
     m = max of the scores so far     total = sum of exp(score - m)     acc = sum of exp(score - m) * value
 
-A new tile raises m to m', and both sums are multiplied by exp(m - m') before the tile is added. At the end
-out = acc / total, and the log-sum-exp L = m + log(total) is all that the backward pass needs to rebuild any
-probability as exp(score - L). Two more ideas make it fast on packed documents: tiles that nobody may see are never
-touched, and tiles that everybody may see are computed without a mask.
+A new tile raises m to m', and both sums are multiplied by exp(m - m') before it is added. At the end out = acc / total,
+and the log-sum-exp L = m + log(total) is all that the backward pass needs to rebuild any probability as exp(score - L).
+Tiles that no query may see are never touched, and those that every query may see are computed without a mask.
 
   1. The rule: who sees whom          5. The kernels in Triton: backward
   2. The same, tile by tile           6. One function for all of them
   3. Which tiles can be skipped       7. Seeing it
   4. The kernels in Triton: forward
-
-Run it:
 
     python flash.py                            # errors against float64, tiles skipped, bytes, on a packed batch
     python flash.py --show_attention_mask      # the tiles of that batch, in the terminal
@@ -27,8 +24,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from torch.nn import functional as F
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:  # there are no wheels for macOS and Windows; all but sections 4 and 5 works without
     triton = None
 jit = triton.jit if triton else lambda function: function  # without Triton nobody calls the kernels
@@ -86,13 +86,11 @@ class MaskRule(NamedTuple):
 
     def part(self, q_slice: slice, k_slice: slice, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """The mask of some queries and some keys: bool (B or 1, T, S)."""
-        q_positions, k_positions = self.q_positions, self.k_positions
-        if q_positions is None:  # (1, T) and (1, S)
-            q_positions, k_positions = (torch.arange(n, device=device, dtype=torch.int32)[None] for n in (q_len, k_len))
-        q_ids = None if self.q_ids is None else self.q_ids[:, q_slice]
-        k_ids = None if self.k_ids is None else self.k_ids[:, k_slice]
-        return visible(q_positions[:, q_slice], k_positions[:, k_slice], q_ids, k_ids, causal=self.causal,
-                       window=self.window)
+        q_places, k_places = self.q_positions, self.k_positions
+        if q_places is None:  # (1, T) and (1, S)
+            q_places, k_places = (torch.arange(n, device=device, dtype=torch.int32)[None] for n in (q_len, k_len))
+        ids = () if self.q_ids is None else (self.q_ids[:, q_slice], self.k_ids[:, k_slice])
+        return visible(q_places[:, q_slice], k_places[:, k_slice], *ids, causal=self.causal, window=self.window)
 
 def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
               kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
@@ -130,10 +128,8 @@ def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
                         dtype: torch.dtype = torch.float32, **mask_args) -> tuple[Tensor, Tensor]:
     """The definition, differentiable, in float32 or float64: out (B, H, T, Dv) and log-sum-exp L (B, H, T).
-
     mask_args are those of `mask_rule`: causal, segment_ids, kv_segment_ids, positions, kv_positions, window.
-    A query that sees no key (padding, or nothing inside its window) has output 0, gradient 0 and L = -inf.
-    """
+    A query that sees no key (padding, or nothing inside its window) has output 0, gradient 0 and L = -inf."""
     group = check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
@@ -162,9 +158,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 def segment_ids_from_tokens(tokens: Tensor, end_of_text_id: int) -> Tensor:
     """Number the documents of (..., T) tokens from 0, as int32; an end-of-text token belongs to the document it ends.
-
-    Number the whole sequence once, before any slicing: numbers counted inside a slice start again at 0 and would mix
-    documents that only share a number.
+    Number a whole sequence before any slicing: slices numbered apart would mix documents that only share a number.
 
     >>> segment_ids_from_tokens(torch.tensor([5, 6, 0, 7, 0, 8]), 0).tolist()
     [0, 0, 0, 1, 1, 2]
@@ -194,67 +188,56 @@ def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Room for dQ, dK and dV of inputs that begin with q, k, v, stored in the same order as out."""
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs[:3])
 
+def visible_tiles(rule: MaskRule, q: Tensor, k: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple]:
+    """(slice of queries, slice of keys, their mask (B, 1, 1, t, s)) for every tile that holds a visible pair."""
+    T, S = q.shape[-2], k.shape[-2]
+    for rows in (slice(start, start + q_tile) for start in range(0, T, q_tile)):
+        for columns in (slice(start, start + k_tile) for start in range(0, S, k_tile)):
+            mask = rule.part(rows, columns, T, S, q.device)[:, None, None]
+            if mask.any():
+                yield rows, columns, mask
+
 def tiles_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, q_tile: int, k_tile: int
                   ) -> tuple[Tensor, Tensor]:
     """FlashAttention-2, Algorithm 1, in plain PyTorch: out (B, H, T, Dv) and L (B, H, T), never a (T, S) matrix.
-
-    It saves the memory, not the time: the tiles are the point, and the Triton kernels below do the same steps.
-    """
-    (_, H, T, _), (G, S) = q.shape, k.shape[1:3]
+    It saves memory, not time: that takes the kernels below, which do the same steps."""
     out, L = empty_results(q, k, v)
-    q, k, v = q.unflatten(1, (G, H // G)), k[:, :, None], v[:, :, None]  # (B, G, H/G, T, D), (B, G, 1, S, D or Dv)
-    for q_start in range(0, T, q_tile):
-        rows = slice(q_start, q_start + q_tile)
-        q_part = q[..., rows, :].to(L.dtype)  # (B, G, H/G, t, D)
-        m = torch.full_like(q_part[..., 0], -torch.inf)  # (B, G, H/G, t)
-        total, acc = torch.zeros_like(m), q_part.new_zeros(*m.shape, v.shape[-1])
-        for k_start in range(0, S, k_tile):
-            columns = slice(k_start, k_start + k_tile)
-            mask = rule.part(rows, columns, T, S, q.device)[:, None, None]  # (B, 1, 1, t, s)
-            if not mask.any():
-                continue
-            scores = (scale * q_part @ k[..., columns, :].to(L.dtype).mT).masked_fill(~mask, -torch.inf)  # (.., t, s)
-            m_new = torch.maximum(m, scores.amax(-1))
-            # subtle: a row that has seen nothing yet has m = -inf, and -inf - (-inf) is NaN; subtract 0 there.
-            m_finite = m_new.masked_fill(m_new == -torch.inf, 0)
-            p, decay = torch.exp(scores - m_finite[..., None]), torch.exp(m - m_finite)
-            total = total * decay + p.sum(-1)
-            acc = acc * decay[..., None] + p @ v[..., columns, :].to(L.dtype)  # (B, G, H/G, t, Dv)
-            m = m_new
-        total = total.masked_fill(total == 0, 1)  # blind rows: out = 0 / 1, L = -inf + log 1
-        out[:, :, rows] = (acc / total[..., None]).flatten(1, 2).to(out.dtype)
-        L[:, :, rows] = (m + total.log()).flatten(1, 2)
-    return out, L
+    q, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]  # (B, G, H/G, T, D), (B, G, 1, S, D or Dv)
+    m = torch.full_like(q[..., 0], -torch.inf, dtype=L.dtype)  # (B, G, H/G, T)
+    total, acc = torch.zeros_like(m), m.new_zeros(*m.shape, v.shape[-1])  # the same, and (B, G, H/G, T, Dv)
+    for rows, columns, mask in visible_tiles(rule, q, k, q_tile, k_tile):
+        q_part, k_part, v_part = (x.to(L.dtype) for x in (q[..., rows, :], k[..., columns, :], v[..., columns, :]))
+        scores = (scale * q_part @ k_part.mT).masked_fill(~mask, -torch.inf)  # (B, G, H/G, t, s)
+        m_new = torch.maximum(m[..., rows], scores.amax(-1))  # (B, G, H/G, t)
+        # subtle: a row that has seen nothing yet has m = -inf, and -inf - (-inf) is NaN; subtract 0 there.
+        m_finite = m_new.masked_fill(m_new == -torch.inf, 0)
+        p, decay = torch.exp(scores - m_finite[..., None]), torch.exp(m[..., rows] - m_finite)
+        total[..., rows] = total[..., rows] * decay + p.sum(-1)
+        acc[..., rows, :] = acc[..., rows, :] * decay[..., None] + p @ v_part  # (B, G, H/G, t, Dv)
+        m[..., rows] = m_new
+    total = total.masked_fill(total == 0, 1)  # blind rows: out = 0 / 1, L = -inf + log 1
+    return out.copy_((acc / total[..., None]).flatten(1, 2)), L.copy_((m + total.log()).flatten(1, 2))
 
 def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
                    scale: float, q_tile: int, k_tile: int) -> tuple[Tensor, ...]:
     """dQ, dK, dV by recomputation (FlashAttention-2, Algorithm 2): every tile of probabilities is rebuilt from L.
-
     With p = exp(score - L) and out = p v:   dv = p^T dout,   dp = dout v^T,   dscore = p * (dp - delta),
-    where delta = sum_s p dp = rowsum(out * dout), the part of softmax's gradient that makes its rows sum to 0.
-    """
-    (_, H, T, _), (G, S) = q.shape, k.shape[1:3]
+    where delta = sum_s p dp = rowsum(out * dout), the part of softmax's gradient that makes its rows sum to 0."""
     grads = empty_gradients(q, k, v)
-    q, out, L, grad_out = (x.unflatten(1, (G, H // G)).to(L.dtype) for x in (q, out, L, grad_out))  # (B, G, H/G, T..)
+    q, out, L, grad_out = (x.unflatten(1, (k.shape[1], -1)).to(L.dtype) for x in (q, out, L, grad_out))  # (B, G, H/G..)
     k, v = k[:, :, None].to(L.dtype), v[:, :, None].to(L.dtype)  # (B, G, 1, S, D), (B, G, 1, S, Dv)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (out * grad_out).sum(-1)  # (B, G, H/G, T)
     L = L.masked_fill(L == -torch.inf, 0)  # blind rows: every score is -inf below, so p = exp(-inf - 0) = 0
-    for k_start in range(0, S, k_tile):
-        columns = slice(k_start, k_start + k_tile)
-        for q_start in range(0, T, q_tile):
-            rows = slice(q_start, q_start + q_tile)
-            mask = rule.part(rows, columns, T, S, q.device)[:, None, None]  # (B, 1, 1, t, s)
-            if not mask.any():
-                continue
-            q_part, grad_part = q[..., rows, :], grad_out[..., rows, :]  # (B, G, H/G, t, ...)
-            k_part, v_part = k[..., columns, :], v[..., columns, :]  # (B, G, 1, s, ...)
-            scores = (scale * q_part @ k_part.mT).masked_fill(~mask, -torch.inf)  # (B, G, H/G, t, s)
-            p = torch.exp(scores - L[..., rows, None])
-            dscores = p * (grad_part @ v_part.mT - delta[..., rows, None])  # (B, G, H/G, t, s)
-            dq[..., rows, :] += scale * dscores @ k_part
-            dk[..., columns, :] += scale * (dscores.mT @ q_part).sum(2, keepdim=True)  # heads that share a key add up
-            dv[..., columns, :] += (p.mT @ grad_part).sum(2, keepdim=True)
+    for rows, columns, mask in visible_tiles(rule, q, k, q_tile, k_tile):
+        q_part, grad_part = q[..., rows, :], grad_out[..., rows, :]  # (B, G, H/G, t, ...)
+        k_part, v_part = k[..., columns, :], v[..., columns, :]  # (B, G, 1, s, ...)
+        scores = (scale * q_part @ k_part.mT).masked_fill(~mask, -torch.inf)  # (B, G, H/G, t, s)
+        p = torch.exp(scores - L[..., rows, None])
+        dscores = p * (grad_part @ v_part.mT - delta[..., rows, None])  # (B, G, H/G, t, s)
+        dq[..., rows, :] += scale * dscores @ k_part
+        dk[..., columns, :] += scale * (dscores.mT @ q_part).sum(2, keepdim=True)  # heads that share a key add up
+        dv[..., columns, :] += (p.mT @ grad_part).sum(2, keepdim=True)
     return tuple(room.copy_(x) for room, x in zip(grads, (dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0])))
 
 # --- 3. Which tiles can be skipped ---
@@ -263,27 +246,26 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
                 device: torch.device | str = "cpu") -> Tensor:
     """Where each row of tiles of the (T, S) matrix begins and ends: int32 (B or 1, tiles, 4), from tile extremes only.
 
-    One row holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped,
-    those from full_low to full_high - 1 are seen by everybody and need no mask, the others are computed with it.
-    A row is one tile of queries that walks over tiles of keys, or with `by_key` one tile of keys over tiles of queries.
+    One row is a tile of queries that walks over tiles of keys, or with `by_key` one of keys over those of queries. It
+    holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped, those from
+    full_low to full_high - 1 are seen by everybody and need no mask, the others are computed with it.
 
-    Only the smallest and largest position and id of every tile are compared, so a tile may be visited in vain
-    (interleaved ids whose ranges overlap) but never missed, and the full run is proven tile by tile: ids may have any
-    value, come in any order and come back.
+    Only the smallest and largest position and id of every tile are compared, so a tile may be visited in vain (ids
+    whose ranges overlap) but never missed: ids may have any value, come in any order and come back.
 
     >>> rule = MaskRule(True, None, None, None, None, None)
     >>> tile_bounds(rule, 6, 6, 2, 2).tolist()
     [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 0, 2, 3]]]
     """
-    def extremes(values: Tensor | None, length: int, tile: int) -> tuple[Tensor, Tensor]:
-        if values is None:
-            values = torch.arange(length, device=device, dtype=torch.int32)[None]
-        last = values[:, -1:].expand(-1, -length % tile)  # filling up with the last value changes no extreme
-        values = torch.cat([values, last], 1).unflatten(1, (-1, tile))  # (B, tiles, tile)
-        return values.amin(-1), values.amax(-1)
+    def extremes(q_values: Tensor | None, k_values: Tensor | None) -> Iterator[Tensor]:
+        for values, length, tile, dim in ((q_values, q_len, q_tile, 2), (k_values, k_len, k_tile, 1)):
+            if values is None:
+                values = torch.arange(length, device=device, dtype=torch.int32)[None]
+            last = values[:, -1:].expand(-1, -length % tile)  # filling up with the last value changes no extreme
+            values = torch.cat([values, last], 1).unflatten(1, (-1, tile))  # (B, tiles, tile)
+            yield from (values.amin(-1).unsqueeze(dim), values.amax(-1).unsqueeze(dim))
 
-    q_low, q_high = (x[:, :, None] for x in extremes(rule.q_positions, q_len, q_tile))  # (B, q_tiles, 1)
-    k_low, k_high = (x[:, None, :] for x in extremes(rule.k_positions, k_len, k_tile))  # (B, 1, k_tiles)
+    q_low, q_high, k_low, k_high = extremes(rule.q_positions, rule.k_positions)  # (B, q_tiles, 1), (B, 1, k_tiles)
     touched = torch.ones_like(q_low + k_low, dtype=torch.bool)  # (B, q_tiles, k_tiles): perhaps a visible pair
     full = touched  # certainly nothing but visible pairs
     if rule.causal:
@@ -291,8 +273,7 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
     if rule.window is not None:
         touched, full = touched & (q_low - k_high < rule.window), full & (q_high - k_low < rule.window)
     if rule.q_ids is not None:
-        q_low, q_high = (x[:, :, None] for x in extremes(rule.q_ids, q_len, q_tile))  # (B, q_tiles, 1)
-        k_low, k_high = (x[:, None, :] for x in extremes(rule.k_ids, k_len, k_tile))  # (B, 1, k_tiles)
+        q_low, q_high, k_low, k_high = extremes(rule.q_ids, rule.k_ids)
         padding = (q_low == PADDING_SEGMENT_ID) & (q_high == PADDING_SEGMENT_ID)
         touched = touched & (q_low <= k_high) & (k_low <= q_high) & ~padding
         full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
@@ -323,12 +304,11 @@ def mask_picture(bounds: Tensor) -> str:
 # --- 4. The kernels in Triton: forward ---
 
 # A program owns one tile of queries of one head and walks over the tiles of keys from `low` to `high`; only outside of
-# [full_low, full_high) it looks at the mask. (Two loops in a row, one without and one with the mask, save that question
-# but make ptxas serialize the tensor cores under Triton 3.6.) Exponentials are powers of 2, the only ones the hardware
-# has: exp(x) = 2^(x * log2(e)), so scale_log2 = scale * log2(e).
+# [full_low, full_high) it looks at the mask. (Two loops, with and without the mask, save that question but make ptxas
+# serialize the tensor cores under Triton 3.6.) The hardware's exponentials are powers of 2: exp(x) = 2^(x * log2(e)).
 
 @jit
-def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def load_tile(base, first_row, length, row_stride, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
     """Rows of D numbers as a (ROWS, D_PAD) tile; D_PAD is D rounded up to a power of 2, and what is outside is 0."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     # subtle: the offset of a row passes 2^31 at long contexts, the offsets inside a tile do not.
@@ -336,14 +316,13 @@ def load_tile(base, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.con
     return tl.load(pointers, mask=(first_row + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
 
 @jit
-def store_tile(base, values, first_row, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def store_tile(base, values, first_row, length, row_stride, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     pointers = base + tl.cast(first_row, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :])
     tl.store(pointers, values.to(base.dtype.element_ty), mask=(first_row + rows < length)[:, None] & (columns < D))
 
 @jit
-def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL: tl.constexpr,
-                 WINDOW: tl.constexpr):
+def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, q_ids, k_ids, CAUSAL, WINDOW):
     """`visible` for a tile: q_rows (T, 1) with k_rows (1, S) give (T, S), and (1, T) with (S, 1) its transpose."""
     # An argument that is None, as in MaskRule, is a constant when a kernel is compiled: what asks for it is left out.
     q_inside, k_inside = q_rows < q_len, k_rows < k_len
@@ -366,9 +345,8 @@ def visible_tile(q_rows, k_rows, batch, q_len, k_len, q_positions, k_positions, 
 def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
                    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                    out_batch, out_head, out_row, heads, q_len, k_len, scale_log2,
-                   GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-                   Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+                   GROUP: constexpr, D: constexpr, D_PAD: constexpr, DV: constexpr, DV_PAD: constexpr,
+                   CAUSAL: constexpr, WINDOW: constexpr, PRECISION: constexpr, Q_TILE: constexpr, K_TILE: constexpr):
     """out and L of one tile of queries: the same steps as `tiles_forward`."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries see most keys: the longest work starts first
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -399,22 +377,20 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
     total = tl.where(total == 0, 1.0, total)  # blind rows: out = 0 / 1, L = -inf + log 1
     store_tile(out + batch * out_batch + head * out_head, acc / total[:, None], tile * Q_TILE, q_len, out_row, Q_TILE,
                DV, DV_PAD)
-    log_sum_exp = (m + tl.log2(total)) * 0.6931471805599453  # times ln 2: from powers of 2 back to powers of e
-    tl.store(L + (batch * heads + head) * q_len + q_rows, log_sum_exp, mask=q_rows < q_len)
+    L += (batch * heads + head) * q_len  # L is (B, H, T)
+    tl.store(L + q_rows, (m + tl.log2(total)) * 0.6931471805599453, mask=q_rows < q_len)  # ln 2: back to powers of e
 
 # --- 5. The kernels in Triton: backward ---
 
-# Two kernels, each owning what it writes, so that no two programs add to the same number and the result is the same in
-# every run: the first owns a tile of queries and makes dQ (and delta, which both need), the second owns a tile of keys
-# and makes dK and dV from all query heads that share this key head.
+# No two programs add to the same number, so every run gives the same result: the first kernel owns a tile of queries
+# and makes dQ (and delta, which both need), the second a tile of keys, its dK and dV from all heads that share the key.
 
 @jit
 def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
               q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
               grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, heads, q_len, k_len, scale, scale_log2,
-              GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-              CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-              Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+              GROUP: constexpr, D: constexpr, D_PAD: constexpr, DV: constexpr, DV_PAD: constexpr, CAUSAL: constexpr,
+              WINDOW: constexpr, PRECISION: constexpr, Q_TILE: constexpr, K_TILE: constexpr):
     """dQ of one tile of queries, and delta = rowsum(out * grad_out)."""
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -449,12 +425,10 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
 
 @jit
 def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
-                q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-                grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-                heads, q_len, k_len, scale, scale_log2,
-                GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-                Q_TILE: tl.constexpr, K_TILE: tl.constexpr):
+                q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
+                dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, heads, q_len, k_len, scale, scale_log2,
+                GROUP: constexpr, D: constexpr, D_PAD: constexpr, DV: constexpr, DV_PAD: constexpr, CAUSAL: constexpr,
+                WINDOW: constexpr, PRECISION: constexpr, Q_TILE: constexpr, K_TILE: constexpr):
     """dK and dV of one tile of keys. Scores are computed transposed, so that p^T and dscores^T need no transposing."""
     tile, kv_heads = tl.program_id(1), heads // GROUP
     batch, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -513,17 +487,23 @@ def padded(head_dim: int) -> int:
 
 def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) -> list[int]:
     """Launches of the forward, dq and dkdv kernels in a row, from the table where `params` does not name them."""
-    params = params or {}
+    if triton is None:
+        raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"the Triton kernels run on a GPU, but the tensors are on {q.device}; use backend='auto', or "
+                         "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
+    if q.dtype == torch.bfloat16 and INTERPRETED:
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
     head_dim = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
     if head_dim > 256 or q.dtype == torch.float64:
         raise ValueError(f"the Triton kernels take head dims up to 256 and at most 32 bits, not {q.shape[-1]}, "
                          f"{v.shape[-1]} and {q.dtype}; use backend='sdpa'.")
-    table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[head_dim]
-    return [number for kernel in ("forward", "dq", "dkdv") for number in params.get(kernel, table[kernel])]
+    table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[head_dim] | (params or {})
+    return [number for kernel in ("forward", "dq", "dkdv") for number in table[kernel]]
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
-def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds: Tensor, tensors: tuple[Tensor, ...],
+def launch_kernel(kernel, launch: list[int], rule: MaskRule, bounds: Tensor, heads: int, tensors: tuple[Tensor, ...],
                   *scales: float) -> None:
     """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
     q, k, v = tensors[:3]
@@ -540,33 +520,10 @@ def launch_kernel(kernel, heads: int, launch: list[int], rule: MaskRule, bounds:
             D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0, PRECISION=precision,
             Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
-def triton_forward(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float, launch: list[int], bounds: Tensor
-                   ) -> tuple[Tensor, Tensor]:
-    if triton is None:
-        raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"the Triton kernels run on a GPU, but the tensors are on {q.device}; use backend='auto', or "
-                         "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
-    if q.dtype == torch.bfloat16 and INTERPRETED:
-        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
-    out, L = empty_results(q, k, v)
-    launch_kernel(forward_kernel, q.shape[1], launch, rule, bounds, (q, k, v, out, L), scale * LOG2_E)
-    return out, L
-
-def triton_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad_out: Tensor, rule: MaskRule,
-                    scale: float, launch: list[int], dq_bounds: Tensor, dkdv_bounds: Tensor) -> tuple[Tensor, ...]:
-    L, (dq, dk, dv) = L.contiguous(), empty_gradients(q, k, v)
-    delta = torch.empty_like(L)
-    launch_kernel(dq_kernel, q.shape[1], launch[4:8], rule, dq_bounds, (q, k, v, out, grad_out, L, delta, dq),
-                  scale, scale * LOG2_E)
-    launch_kernel(dkdv_kernel, k.shape[1], launch[8:], rule, dkdv_bounds, (q, k, v, grad_out, L, delta, dk, dv),
-                  scale, scale * LOG2_E)
-    return dq, dk, dv
-
 # --- 6. One function for all of them ---
 
-# As two custom operators, forward and backward are opaque calls to torch.compile and to activation checkpointing: all
-# these need to know is the shape of the result (the `empty_` functions) and which operator is the derivative of which.
+# As custom operators, both passes are opaque calls to torch.compile and to activation checkpointing, which need only
+# the shapes of the results (the `empty_` functions) and to know which operator is the derivative of which.
 OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
            "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids, "
            "Tensor? forward_bounds, Tensor? dq_bounds, Tensor? dkdv_bounds")
@@ -574,18 +531,25 @@ OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
 @torch.library.custom_op("flash::forward", mutates_args=(),
                          schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
 def forward_op(q, k, v, causal, window, scale, launch, backend, *tensors):
-    rule, bounds = MaskRule(causal, window, *tensors[:4]), tensors[4:]
-    if backend == "triton":
-        return triton_forward(q, k, v, rule, scale, launch[:4], bounds[0])
-    return tiles_forward(q, k, v, rule, scale, *launch[:2])
+    rule = MaskRule(causal, window, *tensors[:4])
+    if backend == "tiles":
+        return tiles_forward(q, k, v, rule, scale, *launch)
+    out, L = empty_results(q, k, v)
+    launch_kernel(forward_kernel, launch[:4], rule, tensors[4], q.shape[1], (q, k, v, out, L), scale * LOG2_E)
+    return out, L
 
 @torch.library.custom_op("flash::backward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor out, "
                          f"Tensor L, Tensor grad_out, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 def backward_op(q, k, v, out, L, grad_out, causal, window, scale, launch, backend, *tensors):
-    rule, bounds = MaskRule(causal, window, *tensors[:4]), tensors[4:]
-    if backend == "triton":
-        return triton_backward(q, k, v, out, L, grad_out, rule, scale, launch, *bounds[1:])
-    return tiles_backward(q, k, v, out, L, grad_out, rule, scale, *launch[:2])
+    rule, (dq_bounds, dkdv_bounds) = MaskRule(causal, window, *tensors[:4]), tensors[5:]
+    if backend == "tiles":
+        return tiles_backward(q, k, v, out, L, grad_out, rule, scale, *launch)
+    L, delta, (dq, dk, dv) = L.contiguous(), L.new_empty(L.shape), empty_gradients(q, k, v)
+    launch_kernel(dq_kernel, launch[4:8], rule, dq_bounds, q.shape[1], (q, k, v, out, grad_out, L, delta, dq),
+                  scale, scale * LOG2_E)
+    launch_kernel(dkdv_kernel, launch[8:], rule, dkdv_bounds, k.shape[1], (q, k, v, grad_out, L, delta, dk, dv),
+                  scale, scale * LOG2_E)
+    return dq, dk, dv
 
 def save_for_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.options = inputs[3:8]
@@ -604,8 +568,8 @@ def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: f
                        params: dict[str, Launch] | None, backend: str) -> tuple:
     """Everything after q, k and v in the signature of the operators; the bounds of the tiles are computed here."""
     if backend == "tiles":
-        q_tile, k_tile = (params or {}).get("forward", (128, 128))[:2]
-        return rule.causal, rule.window, scale, [q_tile, k_tile], backend, *rule[2:], None, None, None
+        tile_sizes = list((params or {}).get("forward", (128, 128))[:2])
+        return rule.causal, rule.window, scale, tile_sizes, backend, *rule[2:], None, None, None
     launch = launch_table(q, v, params)
     build = functools.partial(tile_bounds, rule)
     # torch.compile looks into tile_bounds itself, and computes it once for all layers that share a mask.
@@ -673,10 +637,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
     G divides H: query heads g * H/G to (g + 1) * H/G - 1 share key head g. Integer tensors are (B, T) or (T,) for
     queries and (B, S) or (S,) for keys. Without positions, queries and keys both count from 0; a decoding step passes
     the position of its query. What is given for queries alone holds for the keys too where T == S. Segment ids fit in
-    32 bits; padding (-1), and whatever sees no key, gives zeros and receives zero gradient. scale is 1 / sqrt(D) where
-    not given. params replaces entries of the table of launches, as {"forward": Launch(...)}. backend is auto (see
-    `choose_backend`), triton, tiles, sdpa or reference.
-    """
+    32 bits; padding (-1), and whatever sees no key, gives zeros and receives zero gradient. scale is 1 / sqrt(D) unless
+    given. params, as {"forward": Launch(...)}, replaces entries of the table. backend: see `choose_backend`."""
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32 beside a 16-bit v
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     check_shapes(q, k, v)
@@ -712,27 +674,28 @@ def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) ->
     """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
     exact = with_gradients([x.double() for x in tensors], mask_args, "reference")
     print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
-    for dtype in (torch.float32, torch.float16):
+    for dtype, backend in itertools.product((torch.float32, torch.float16), backends):
         cast = [x.to(dtype) for x in tensors]
-        for backend in backends:
-            with_gradients(cast, mask_args, backend)  # warm-up: compiles, fills caches
+        for _ in range(2):  # the first run compiles and fills caches
             start = time.perf_counter()
             results = with_gradients(cast, mask_args, backend)
             float(results[1].sum())  # waits for a GPU
-            milliseconds = 1000 * (time.perf_counter() - start)
-            errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
-            print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
+        milliseconds = 1000 * (time.perf_counter() - start)
+        errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
+        print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
 
-def plot_mask(bounds: Tensor, length: int, path: str) -> None:
+def plot_mask(bounds: Tensor, tile: int, length: int, path: str) -> None:
     """The picture as a PNG."""
     try:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
-    image = [[" ░█".index(kind) for kind in line.ljust(len(bounds[0]))] for line in mask_picture(bounds).split("\n")]
+    lines = mask_picture(bounds).split("\n")
+    image, edge = [[" ░█".index(kind) for kind in line.ljust(len(lines))] for line in lines], tile * len(lines)
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
-    axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, length, length, 0))
-    axes.set(xlabel="key", ylabel="query", title="tiles: white skipped, light masked, dark full")
+    axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, edge, edge, 0))  # its last tile may stick out
+    axes.set(xlabel="key", ylabel="query", xlim=(0, length), ylim=(length, 0),
+             title=f"tiles of {tile} x {tile}: white skipped, light masked, dark full")
     figure.savefig(path, dpi=150)
 
 def demonstrate(args: argparse.Namespace) -> None:
@@ -746,7 +709,7 @@ def demonstrate(args: argparse.Namespace) -> None:
     tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
     bounds = tile_bounds(rule, T, T, tile, tile, device=device)
     if args.plot:
-        plot_mask(bounds, T, args.plot)
+        plot_mask(bounds, tile, T, args.plot)
         return print(f"wrote {args.plot}")
     if args.show_attention_mask:
         print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
