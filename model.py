@@ -684,17 +684,16 @@ class TransformerLM(nn.Module):
 
 # --- 8. What it costs: parameters, FLOPs, memory ---
 
-def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int]:
-    """Number of parameters by part; the sum of the values is the model's. `active`: of the experts only those that
-    one token takes.
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by part; the sum of the values is the model's.
 
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
     c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, len(config.moe_layers)
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
-    experts = config.shared_experts + (config.experts_per_token if active else config.num_experts)
-    networks, matrices = config.num_layers - num_moe + num_moe * experts, 3 if config.ffn == "swiglu" else 2
+    networks = config.num_layers - num_moe + num_moe * (config.num_experts + config.shared_experts)
+    matrices = 3 if config.ffn == "swiglu" else 2
     return {
         "embeddings": config.vocab_size * c,
         "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
@@ -702,6 +701,11 @@ def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
+
+def active_parameters(config: ModelConfig) -> dict[str, int]:
+    """The same of what one token passes through: of the experts only those that it takes."""
+    idle = len(config.moe_layers) * (config.num_experts - config.experts_per_token) * 3 * config.d_model * config.d_ff
+    return {part: number - idle * (part == "ffn") for part, number in count_parameters(config).items()}
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
@@ -714,7 +718,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
     """
     context_length = context_length or config.context_length
-    parameters = count_parameters(config, active=True)
+    parameters = active_parameters(config)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
         "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v

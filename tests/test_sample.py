@@ -19,7 +19,7 @@ CAPACITY = 16  # tokens that the tiny model sees
 
 def tiny_model(**more) -> TransformerLM:
     torch.manual_seed(0)
-    config = dict(vocab_size=50, context_length=CAPACITY, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    config = dict(vocab_size=50, context_length=CAPACITY, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2)
     model = TransformerLM(ModelConfig(**{**config, **more})).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # far from uniform, so that greedy choices mean something

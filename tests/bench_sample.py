@@ -1,0 +1,122 @@
+"""How fast is a text read back? sample.generate against transformers' LlamaForCausalLM.generate, same weights' shapes.
+
+    python tests/bench_sample.py                              batches of 1 and 16, both sides in turn, two minutes
+    python tests/bench_sample.py --batch_sizes 4 --new_tokens 50 --rounds 9 --json sample.json
+
+tokens/s     of all rows together, while decoding: the time for many tokens less that for one, over the tokens between
+first token  seconds until the first token of a prompt of --prompt_tokens
+bound        what the memory allows: every step reads all weights but the embedding table, see sample.seconds_to_read
+
+Both sides draw at temperature 1 from all of the vocabulary, with a cache. Rounds take turns, so that whatever else the
+machine does hits both; compared are medians of paired ratios, with their quartiles.
+Aims: tokens/s >= 2.5 times the peer's at batch 1 and >= 2 times at 16, at least 0.7 of the bound at batch 1, and a
+first token no later than the peer's.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model import ModelConfig, TransformerLM  # noqa: E402
+from sample import generate, seconds_to_read  # noqa: E402
+
+SIDES = ("ours", "peer")
+
+def peer_of(config: ModelConfig) -> torch.nn.Module:
+    """transformers' Llama of the same shape."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    llama = transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, max_position_embeddings=config.context_length, rms_norm_eps=1e-5,
+        rope_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings, attention_bias=False, mlp_bias=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(llama).eval()
+
+def seconds_of(write: Callable[[int], None], num_tokens: int) -> float:
+    start = time.perf_counter()
+    write(num_tokens)
+    return time.perf_counter() - start
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "quartile1": low, "quartile3": high}
+
+def compare(config: ModelConfig, batch_size: int, args: argparse.Namespace) -> dict:
+    ours, peer = TransformerLM(config).eval(), peer_of(config)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, peer)]
+    assert sizes[0] == sizes[1], f"the models differ: {sizes[0]:,} and {sizes[1]:,} parameters"
+    prompt = torch.randint(config.vocab_size, (args.prompt_tokens,)).tolist()
+    ids = torch.tensor([prompt] * batch_size)
+
+    def we_write(n: int) -> None:
+        written = sum(1 for _ in generate(ours, [prompt] * batch_size, n))
+        assert written == n, f"{written} steps instead of {n}"
+
+    def peer_writes(n: int) -> None:
+        with torch.inference_mode():
+            out = peer.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0)
+        assert out.shape[1] == args.prompt_tokens + n, f"{out.shape[1] - args.prompt_tokens} tokens instead of {n}"
+
+    sides = {"ours": we_write, "peer": peer_writes}
+    first: dict[str, list[float]] = {name: [] for name in sides}
+    speed: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(args.rounds + 1):  # the first warms up
+        for name in list(sides)[:: 1 if round_number % 2 else -1]:
+            one, many = seconds_of(sides[name], 1), seconds_of(sides[name], 1 + args.new_tokens)
+            if round_number:
+                first[name].append(one)
+                speed[name].append(batch_size * args.new_tokens / (many - one))
+    num_bytes = 4 * (sizes[0] - config.vocab_size * config.d_model * (not config.tie_embeddings))
+    bound = batch_size / seconds_to_read(num_bytes, torch.device("cpu"))
+    return {
+        "batch_size": batch_size,
+        "tokens_per_second": {name: summary(values) for name, values in speed.items()},
+        "speed_ratio": summary([a / b for a, b in zip(speed["ours"], speed["peer"])]),
+        "first_token_seconds": {name: summary(values) for name, values in first.items()},
+        "first_token_ratio": summary([a / b for a, b in zip(first["peer"], first["ours"])]),
+        "bound_tokens_per_second": bound,
+        "share_of_bound": statistics.median(speed["ours"]) / bound,
+    }
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16], help="default: %(default)s")
+    parser.add_argument("--prompt_tokens", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--new_tokens", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of measurements (default: %(default)s)")
+    parser.add_argument("--d_model", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--num_layers", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--num_heads", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results to this file, too")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=args.d_model, num_layers=args.num_layers, num_heads=args.num_heads)
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'batch':>5}{'ours':>9}{'peer':>9} tokens/s  ratio (quartiles)   of bound   first token: ours  peer  ratio")
+    results = []
+    for batch_size in args.batch_sizes:
+        r = compare(config, batch_size, args)
+        results.append(r)
+        speed, first = ([r[key][side]["median"] for side in SIDES]
+                        for key in ("tokens_per_second", "first_token_seconds"))  # fmt: skip
+        ratio = r["speed_ratio"]
+        print(f"{batch_size:5}{speed[0]:9,.0f}{speed[1]:9,.0f}{ratio['median']:17.2f} "
+              f"({ratio['quartile1']:.2f} - {ratio['quartile3']:.2f}){r['share_of_bound']:11.0%}"
+              f"{1e3 * first[0]:15.1f}{1e3 * first[1]:7.1f} ms{r['first_token_ratio']['median']:6.2f}")
+    if args.json:
+        args.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1), encoding="utf-8")
+
+if __name__ == "__main__":
+    main()
