@@ -51,7 +51,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -636,57 +636,34 @@ def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
 
 NO_RANK = 1 << 31
 
-class PairTable:
-    """The ranks of whole arrays of pairs: a hash table in which a pair that meets another goes on to the next place."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        pairs = np.array([left << 32 | right for left, right in ranks], np.int64)
-        rank, merged = np.array([*ranks.values()], np.int64).reshape(-1, 2).T
-        self.merged = np.zeros(rank.max(initial=0) + 1, np.int64)  # rank -> id
-        self.merged[rank] = merged
-        self.bits = (4 * len(pairs) + 4).bit_length()  # mostly empty
-        self.pairs, self.ranks = np.full(1 << self.bits, -1), np.full(1 << self.bits, NO_RANK)
-        place = self.first_place(pairs)
-        while len(pairs):
-            free = self.pairs[place] < 0
-            self.pairs[place[free]] = pairs[free]  # of several that want a place one gets it
-            other = self.pairs[place] != pairs
-            self.ranks[place[~other]] = rank[~other]
-            pairs, rank, place = pairs[other], rank[other], (place[other] + 1) % len(self.pairs)
-
-    def first_place(self, pairs: np.ndarray) -> np.ndarray:
-        return (pairs.view(np.uint64) * 0x9E3779B97F4A7C15 >> (64 - self.bits)).astype(np.int64)
-
-    def find(self, pairs: np.ndarray) -> np.ndarray:
-        place = self.first_place(pairs)
-        others = np.flatnonzero(self.pairs[place] != pairs)
-        while len(others := others[self.pairs[place[others]] >= 0]):  # at an empty place the search ends
-            place[others] = (place[others] + 1) % len(self.pairs)
-            others = others[self.pairs[place[others]] != pairs[others]]
-        return self.ranks[place]  # of empty places NO_RANK
-
-def encode_words(words: Sequence[bytes], byte_ids: np.ndarray, table: PairTable) -> tuple[np.ndarray, np.ndarray]:
+def encode_words(words: Sequence[bytes], byte_ids: np.ndarray, pairs: np.ndarray, ranks: np.ndarray,
+                 merged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """apply_merges of many pre-tokens at a time: all their ids in order, and for each id the number of its word.
 
     Each round merges in every word the pair of the lowest rank wherever it stands, as the definition does: for short
-    words, since one of n bytes may take n rounds.
+    words, since one of n bytes may take n rounds. pairs: left << 32 | right, sorted; ranks: theirs; merged: by rank.
     """
-    token = byte_ids[np.frombuffer(b"".join(words), np.uint8)]
-    word = np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words)))
-    done = [(token[:0], word[:0])]
-    while len(token):
-        ends = np.append(word[1:] != word[:-1], True)
-        rank = np.append(table.find(token[:-1] << 32 | token[1:]), NO_RANK)
-        rank[ends] = NO_RANK
-        length = np.diff(np.flatnonzero(ends), prepend=-1)
-        lowest = np.repeat(np.minimum.reduceat(rank, np.cumsum(length) - length), length)
-        going = lowest < NO_RANK
+    token = np.append(byte_ids[np.frombuffer(b"".join(words), np.uint8)], 0)  # a border behind all words, and so before
+    word = np.append(np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words))), -1)
+
+    def ranks_at(at: np.ndarray) -> np.ndarray:
+        pair = token[at] << 32 | token[at + 1]
+        place = np.searchsorted(pairs, pair)
+        return np.where((pairs[place] == pair) & (word[at] == word[at + 1]), ranks[place], NO_RANK)
+
+    rank, done = np.append(ranks_at(np.arange(len(token) - 1)), NO_RANK), []
+    while len(token) > 1:
+        begins = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
+        lowest = np.repeat(np.minimum.reduceat(rank, begins), np.diff(begins, append=len(word)))
+        going = (lowest < NO_RANK) | (word < 0)
         done.append((token[~going], word[~going]))
         token, word, rank, lowest = token[going], word[going], rank[going], lowest[going]
-        left = np.flatnonzero(rank == lowest)
+        left = np.flatnonzero(rank[:-1] == lowest[:-1])
         left = left[every_second(np.diff(left, prepend=-2) > 1)]  # a a a
-        token[left] = table.merged[rank[left]]
-        token, word = np.delete(token, left + 1), np.delete(word, left + 1)
+        token[left] = merged[rank[left]]
+        token, word, rank = (np.delete(array, left + 1) for array in (token, word, rank))
+        left -= np.arange(len(left))
+        rank[left], rank[left - 1] = ranks_at(left), ranks_at(left - 1)
     token, word = (np.concatenate(parts) for parts in zip(*done))
     order = np.argsort(word, kind="stable")
     return token[order], word[order]
@@ -740,8 +717,12 @@ class Tokenizer:
         return max(self.vocab, default=-1) + 1
 
     @functools.cached_property
-    def _table(self) -> PairTable:
-        return PairTable(self._ranks)
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        """What encode_words needs; one pair behind all stops every search."""
+        rows = sorted((left << 32 | right, rank) for (left, right), (rank, _) in self._ranks.items())
+        pairs, ranks = np.array([*rows, (1 << 62, NO_RANK)]).T
+        merged = np.array([self.token_ids[left + right] for left, right in self.merges], np.int64)
+        return self._byte_ids, np.ascontiguousarray(pairs), np.ascontiguousarray(ranks), merged
 
     def hash(self) -> str:
         """SHA-256 of all that decides the ids; token arrays and checkpoints remember it."""
@@ -797,7 +778,7 @@ class Tokenizer:
             else:
                 ids = [apply_merges(self._byte_ids[[*part]].tolist(), self._ranks) for part in parts]
                 alone[number] = np.array([*itertools.chain.from_iterable(ids)], np.uint32).tobytes()
-        token, word = encode_words(words, self._byte_ids, self._table) if words else (np.empty(0), [])
+        token, word = encode_words(words, *self._arrays) if words else (np.empty(0), [])
         counts = np.bincount(np.array(owner, np.int64)[word], minlength=len(pieces))
         ends, flat = np.cumsum(4 * counts).tolist(), token.astype(np.uint32).tobytes()
         ids = list(map(flat.__getitem__, map(slice, [0, *ends], ends)))
@@ -906,7 +887,7 @@ def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tu
 
 # --- 8. From text to token arrays ---
 
-def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
+def encode_chunk(tokenizer: Tokenizer, dtype: np.dtype, path: Path, start: int, end: int) -> bytes:
     return tokenizer.encode_array(read_text(path, start, end)).astype(dtype).tobytes()
 
 def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *, num_workers: int | None = None,
@@ -920,8 +901,7 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
     chunks, source = chunks_of(text_path, tokenizer.special_tokens, CHUNK_BYTES), file_identity(text_path)
     meter, started = Progress(f"encoding {text_path.name}", source["bytes"], shown=progress), time.perf_counter()
-    tasks = [(dtype.str, text_path, *chunk) for chunk in chunks]
-    header = {"descr": dtype.str, "fortran_order": False}
+    tasks, header = [(dtype, text_path, *chunk) for chunk in chunks], {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
         begin = file.tell()
@@ -1277,29 +1257,27 @@ def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
         form = rng.choice(("digits", "words", "story", "logic"))
         a, b, c = rng.randint(100, 999), rng.randint(10, 99), rng.randint(2, 9)
         if form == "digits":
-            total = a + b * c
-            yield Problem(f"What is {a} + {b} * {c}?", f"{b} * {c} = {b * c}. {a} + {b * c} = {total}.", f"{total}")
+            question, answer = f"What is {a} + {b} * {c}?", f"{a + b * c}"
+            work = f"{b} * {c} = {b * c}. {a} + {b * c} = {answer}."
         elif form == "words":
             a = rng.randint(b, 499)
             sign, word, result = rng.choice((("+", "plus", a + b), ("-", "minus", a - b)))
-            question = f"What is {in_words(a)} {word} {in_words(b)}?"
-            yield Problem(question, f"In digits, {a} {sign} {b} = {result}.", in_words(result))
+            question, answer = f"What is {in_words(a)} {word} {in_words(b)}?", in_words(result)
+            work = f"In digits, {a} {sign} {b} = {result}."
         elif form == "story":
             (who, other), things, given = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(1, b)
             question = f"{who} has {b} {things}, finds {a} more and gives {given} to {other}. How many has {who} now?"
-            work = f"{b} + {a} = {a + b}. {a + b} - {given} = {a + b - given}."
-            yield Problem(question, work, f"{a + b - given}")
+            work, answer = f"{b} + {a} = {a + b}. {a + b} - {given} = {a + b - given}.", f"{a + b - given}"
         else:
             chain, who = rng.sample(KINDS, rng.randint(3, 6)), rng.choice(NAMES)
             rules = [f"Every {kind} is a {next_kind}." for kind, next_kind in zip(chain, chain[1:])]
             start, asked = rng.sample(range(len(chain)), 2)  # the rules lead only forwards
             known = " ".join(rng.sample(rules, len(rules)))
             question = f"{known} {who} is a {chain[start]}. Must {who} be a {chain[asked]}?"
-            work = f"{who} is a " + ", so a ".join(chain[start:]) + "."
-            yield Problem(question, work, "yes" if asked > start else "no")
+            work, answer = f"{who} is a {', so a '.join(chain[start:])}.", "yes" if asked > start else "no"
+        yield Problem(question, work, answer)
 
 def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
-    """The problems as documents."""
     for problem in arithmetic_problems(seed, first):
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
 
@@ -1463,13 +1441,8 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
         split_text(folder / "input.txt" if splits else Path(dataset), train, val, data_bytes)
     write_json(record, wanted)
 
-class Prepared(NamedTuple):
-    dataset: str  # the one used: "stories" when "tinystories" could not be had
-    train_text: Path
-    val_text: Path
-    train_tokens: Path  # arrays of encode_file
-    val_tokens: Path
-    tokenizer_dir: Path
+# dataset is the one used: "stories" when "tinystories" could not be had; the rest are paths, tokens those of encode_file
+Prepared = namedtuple("Prepared", "dataset train_text val_text train_tokens val_tokens tokenizer_dir")
 
 def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
             data_dir: PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
@@ -1576,7 +1549,8 @@ def report(data_dir: Path) -> str:
         name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
         training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
         longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {max(seconds, key=seconds.get):>9}  {longest!r}")
+        slowest = max(seconds, key=seconds.get)
+        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
         cells = ""
         for texts in corpora.values():
             tokens = sum(map(len, map(tokenizer.encode, texts)))
@@ -1589,12 +1563,10 @@ def report(data_dir: Path) -> str:
     return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one; see the file's top.",
-                                     allow_abbrev=False)
-
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
 
+    parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one.", allow_abbrev=False)
     parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     parser.add_argument("--input", type=Path, help="text to train on (default: the sources of Python's own library)")
     parser.add_argument("--vocab_size", type=int, default=1000, help="bytes and specials too (default: %(default)s)")
@@ -1608,8 +1580,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.num_workers is not None and args.num_workers < 1:
             parser.error(f"--num_workers {args.num_workers} must be at least 1")
         if args.report:
-            print(report(Path("data")))
-            return
+            return print(report(Path("data")))
         if args.out and not args.input and (args.out / "tokenizer.json").exists():
             tokenizer = Tokenizer.load(args.out)
         else:
