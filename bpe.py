@@ -1441,7 +1441,7 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
         split_text(folder / "input.txt" if splits else Path(dataset), train, val, data_bytes)
     write_json(record, wanted)
 
-# dataset is the one used: "stories" when "tinystories" could not be had; the rest are paths, tokens those of encode_file
+# dataset is the one used: "stories" when "tinystories" could not be had; the rest are paths, tokens arrays on disk
 Prepared = namedtuple("Prepared", "dataset train_text val_text train_tokens val_tokens tokenizer_dir")
 
 def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),

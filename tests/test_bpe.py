@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -297,6 +298,43 @@ def test_a_dead_worker_is_an_error():
     """A worker that dies raises one sentence instead of hanging."""
     with pytest.raises(UserError, match="worker process died.*--num_workers 1"):
         list(bpe.parallel_map(os._exit, 3, [()] * 6, 2))
+
+
+def test_small_texts_start_no_workers(tmp_path, monkeypatch):
+    """133 kB at a vocabulary of 500 are trained and encoded in this process, in well under a second."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(some_text(133_000).encode("utf-8"))
+    monkeypatch.setattr(bpe.concurrent.futures, "ProcessPoolExecutor", None)
+    started = time.perf_counter()
+    vocab, merges = train_bpe(path, 500, [END_OF_TEXT], num_workers=4)
+    seconds = time.perf_counter() - started
+    assert len(merges) == 243 and seconds < 1, f"{seconds:.2f} s"
+    encode_file(Tokenizer(vocab, merges, [END_OF_TEXT]), path, tmp_path / "x.npy", num_workers=4)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_ctrl_c_leaves_no_orphans(tmp_path):
+    """Ctrl-C while workers count ends them too, within seconds."""
+    (tmp_path / "text.txt").write_bytes(some_text(8_000_000).encode("utf-8") * 8)
+    code = "import bpe; bpe.train_bpe('text.txt', 9000, [], num_workers=2)"
+    environment = os.environ | {"PYTHONPATH": str(Path(bpe.__file__).parent)}
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True,
+                           stderr=subprocess.DEVNULL)
+
+    def processes() -> int:
+        stats = (path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat"))
+        return sum(int(fields[3]) == run.pid and fields[0] != "Z" for fields in stats)  # of this session
+
+    deadline = time.monotonic() + 20
+    while processes() < 4 and time.monotonic() < deadline:  # the parent, two workers, the tracker of resources
+        time.sleep(0.05)
+    assert processes() >= 3, f"{processes()} processes"
+    os.killpg(run.pid, signal.SIGINT)
+    run.wait(20)
+    while processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes() == 0 and run.returncode != 0, f"{processes()} processes are left"
 
 
 def test_workers_do_not_run_the_script(tmp_path):
