@@ -294,16 +294,10 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
         raise UserError(f"the corpus holds token {windows.max()}, beyond the vocabulary's {vocab_size:,}: remove its "
                         f"damaged .npy files, and they are made again")
     batch = torch.from_numpy(windows)
-    device = torch.device(device)
-    if device.type == "cuda":  # pinned memory lets the copy run while the GPU computes
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory()  # so that the copy runs while the GPU computes
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]  # (B, T), (B, T)
-
-def seed_dropout(seed: int, step: int, slice_number: int) -> None:
-    """Seed torch's generators from where training stands, so that a resumed run drops the same activations."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, slice_number)).generate_state(1, np.uint64)[0] >> 1))
 
 # --- 5. Checkpoints ---
 
@@ -382,13 +376,13 @@ def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: 
         token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
     tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
     rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
-    floor, is_whole = None, False
+    floor = None
     if by_document:
         end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()]
         documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)[:-1]  # the last one is cut off
-        if documents and max(map(len, documents)) <= context_length:  # a longer one: windows after all, and no floor
+        by_document = bool(documents) and max(map(len, documents)) <= context_length  # else windows, and no floor
+        if by_document:
             rows = sorted((np.r_[end_of_text, document] for document in documents), key=len)  # little padding
-            is_whole = True
             with contextlib.suppress(ValueError):  # the text is not this generator's: no floor either
                 nats = sum(story_nats(tokenizer.decode(document[:-1].tolist())) for document in documents)
                 floor = nats / sum(token_bytes[document].sum() for document in documents)
@@ -402,8 +396,8 @@ def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: 
         for row, ids in enumerate(group):
             inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
         batches.append((inputs, targets))
-    return ValidationSet(batches, token_bytes, sum(len(row) - 1 for row in rows), floor,
-                         question_end if is_whole else None)
+    num_tokens = sum(len(row) - 1 for row in rows)
+    return ValidationSet(batches, token_bytes, num_tokens, floor, question_end if by_document else None)
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
@@ -520,9 +514,8 @@ def plot_runs(folders: list[Path], picture: Path) -> Path:
         lines = read_log(folder / "log.jsonl")
         for axis, panel in zip(("step", "tokens", "seconds"), panels):
             for key, style in (("train_loss", {"alpha": 0.3}), ("val_loss", {"marker": ".", "label": folder.name})):
-                points = [(line[axis], line[key]) for line in lines if key in line]
-                if points:
-                    panel.plot(*zip(*points), color=f"C{number}", **style)
+                points = [(line[axis], line[key]) for line in lines if key in line] or [(0, math.nan)]
+                panel.plot(*zip(*points), color=f"C{number}", **style)
             panel.set(xlabel=axis)
             panel.grid(alpha=0.3)
     panels[0].set(ylabel="nats per token: training pale, validation dotted")
@@ -638,9 +631,8 @@ RECIPES: dict[str, dict] = {
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
     can be told from what was not; --help shows the dataclass's."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
@@ -695,12 +687,9 @@ def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dt
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu" and config.d_model >= 256:
-        probes = [getattr(torch.cpu, probe, lambda: False)
-                  for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-        fast = any(probe() for probe in probes)
     else:
-        fast = False
+        probes = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+        fast = device.type == "cpu" and config.d_model >= 256 and any(probe() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
 
 def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
@@ -728,9 +717,8 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
         say(f"devices           {f'{count:,}' if count else 'no number':>18}  {needed}: --shard_opt {mode}")
     num_tokens = tokens_per_step * config.max_steps
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
-    total = flops * num_tokens
-    say(f"time              {clock(total / rate / 0.5):>18}  at half of the {rate / 1e9:,.0f} GFLOP/s that one matrix "
-        f"product reaches here ({device.type}, float32)")
+    say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of the {rate / 1e9:,.0f} GFLOP/s of "
+        f"one matrix product here ({device.type}, float32)")
 
 # --- 9. The run ---
 
@@ -979,7 +967,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             if context.size > 1:
                 inputs, targets, *split = context.begin(inputs, targets, **places)
                 places = dict(zip(("positions", "segment_ids"), split))
-            seed_dropout(config.seed, step, s * context.size + context.index)
+            seeds = np.random.SeedSequence((config.seed, step, s * context.size + context.index))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # for dropout: where training stands
             sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
             with contextlib.nullcontext() if sending or not hasattr(module, "no_sync") else module.no_sync():
                 with span("forward"), autocast():
