@@ -148,6 +148,7 @@ def test_equal_pieces_are_found_equal():
     """Pieces that differ only behind 8 or 16 bytes, in length or in a zero byte are told apart, and no others."""
     rng = random.Random(2)
     words = ["a" * size + end for size in range(20) for end in ("", "b", "bb")] + ["a", "\x00", "\x00\x00", "\x01" * 9]
+    words += ["b" + chr(number) + "\x00" * 7 for number in range(9)]  # the numbers of the first long pieces, as bytes
     words += ["é" * size + end for size in range(1, 12) for end in ("", "ü", "好")]
     text = "".join(" " + rng.choice(words) for _ in range(20_000))
     ((distinct, which),) = bpe.distinct_pieces(text.encode("utf-8"), ())
