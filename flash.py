@@ -694,8 +694,8 @@ def plot_mask(bounds: Tensor, tile: int, length: int, path: str) -> None:
     image, edge = [[" ░█".index(kind) for kind in line.ljust(len(lines))] for line in lines], tile * len(lines)
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, edge, edge, 0))  # its last tile may stick out
-    axes.set(xlabel="key", ylabel="query", xlim=(0, length), ylim=(length, 0),
-             title=f"tiles of {tile} x {tile}: white skipped, light masked, dark full")
+    axes.set(xlabel=f"key (tiles of {tile} x {tile})", ylabel="query", xlim=(0, length), ylim=(length, 0),
+             title="tiles: white skipped, light masked, dark full")
     figure.savefig(path, dpi=150)
 
 def demonstrate(args: argparse.Namespace) -> None:
