@@ -454,8 +454,8 @@ def rank_resume(ranks, mode, optimizer, path, payload=None):
 def test_checkpoints_fit_everywhere(optimizer, tmp_path):
     """A checkpoint of each mode resumes in the next mode at another world size: same losses, and all the bits of one
     process. (Every rank computes the same batch, so that the mean over any number of ranks is exact.)"""
-    chain = [("zero1", 2), ("fsdp", 4), ("none", 1), ("zero2", 2), ("fsdp", 1)]
-    chain += [("torch_zero1", 2), ("torch_fsdp", 2), ("fsdp", 2)] if optimizer == "ours AdamW" else []
+    chain = [("zero1", 4), ("fsdp", 2), ("zero2", 2), ("none", 1)]
+    chain += [("torch_zero1", 2), ("torch_fsdp", 2), ("fsdp", 4)] if optimizer == "ours AdamW" else []
     path, expected = None, None
     for number, (mode, world_size) in enumerate(chain):
         payload = ddp.run_ranks(rank_resume, world_size, mode, optimizer, path)[0]
@@ -535,13 +535,15 @@ def test_memory_is_freed(world_size):
                 assert result["held"][part] == pytest.approx(size, rel=0.05), f"rank {rank}, {stage}, {part}"
 
 
-def rank_bytes(ranks, mode):
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
+def rank_bytes(ranks):
+    return [rank_bytes_of(ranks, mode) for mode in ("zero1", "zero2", "fsdp")]
+
+
+def rank_bytes_of(ranks, mode):
     module = nn.Sequential(*(nn.Linear(200, 200) for _ in range(8)))
     model, optimizer = shard(module, mode, lambda m: [{"params": list(m.parameters())}], torch.optim.SGD, lr=0.1)
     model = ddp.wrap(model, "flat") if mode == "zero1" else model
-    sent = {"gradients": [], "step": [], "forward": []}
+    sent = {"forward": [], "gradients": [], "step": []}
     for _ in range(5):
         sent["forward"].append(ddp.measure_bytes_sent(lambda: model(torch.ones(3, 200)).sum()))
         loss = model(torch.ones(3, 200)).sum()
@@ -555,21 +557,22 @@ def rank_bytes(ranks, mode):
     return {part: min(values) for part, values in sent.items()}
 
 
-@pytest.mark.parametrize(("mode", "world_size"), list(itertools.product(("zero1", "zero2", "fsdp"), (2, 4))))
-def test_bytes_on_the_wire(mode, world_size):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_on_the_wire(world_size):
     """By the kernel's own count ZeRO-1 sends 2 + 1 passes of (W-1)/W of the parameters, ZeRO-2 1 + 1, FSDP 2 + 1 but
     for the last block, which is not gathered a second time; each within 1 %."""
     if not Path("/proc/net/dev").exists():
         pytest.skip("no /proc/net/dev here")
     one_pass = ddp.bytes_sent_per_rank("all_gather", 4 * 8 * 200 * 201, world_size)
-    expected = {"zero1": (0, 2, 1), "zero2": (1, 1, 0), "fsdp": (1, 1 + 7 / 8, 0)}[mode]
+    expected = {"zero1": (0, 2, 1), "zero2": (1, 1, 0), "fsdp": (1, 1 + 7 / 8, 0)}
     for _ in range(3):  # other programs use the loopback too
-        sent = ddp.run_ranks(rank_bytes, world_size, mode)[0]
-        ratios = [sent[part] / one_pass - passes for part, passes in zip(("forward", "gradients", "step"), expected)]
-        if max(ratios) < 0.02:
+        measured = zip(expected.items(), ddp.run_ranks(rank_bytes, world_size)[0])
+        surplus = {mode: [sent / one_pass - passes for passes, sent in zip(wanted, by_part.values())]
+                   for (mode, wanted), by_part in measured}  # fmt: skip
+        if max(map(max, surplus.values())) < 0.02:
             break
-    # a message has a header: a few kB a step
-    assert all(-0.01 < ratio < 0.02 for ratio in ratios), f"{ratios} passes more than {expected}"
+    # a message has a header, and a barrier around the measurement sends something
+    assert -0.01 < min(map(min, surplus.values())) and max(map(max, surplus.values())) < 0.02, f"{surplus} passes more"
 
 
 # --- what composes with FSDP ---
@@ -637,7 +640,7 @@ def rank_odd(ranks, mode):
     return [*states, {name: value.detach() for name, value in whole.items()}]
 
 
-@pytest.mark.parametrize(("mode", "world_size"), list(itertools.product(("zero2", "fsdp"), (2, 4))))
+@pytest.mark.parametrize(("mode", "world_size"), [("zero2", 2), ("fsdp", 2), ("fsdp", 4)])
 def test_odd_models(mode, world_size):
     """Tied, frozen, float64, unused and rank-dependent parameters, a block called twice: the bits of ordered DDP."""
     expected, result = results(rank_odd, world_size, "none"), results(rank_odd, world_size, mode)
@@ -660,7 +663,7 @@ def rank_compose(ranks):
     """Gradients under each of FSDP's companions beside those of the plain module, computed on the same rank."""
     results = {}
     for name in ("plain", "checkpoint", "two forwards", "autocast", "bfloat16", "float16", "evaluated between"):
-        for keep in (False, True):
+        for keep in (False, True) if name != "autocast" else (False,):
             config = ModelConfig(**CONFIG)
             plain, module = ((torch.manual_seed(0), Checkpointed(config))[1] for _ in range(2))
             if name != "checkpoint":
