@@ -9,7 +9,7 @@ Attention lets a place look at the places before it, the feed-forward network (f
 sum x, the residual stream, is the only road between them.
 
     python model.py                                # every preset: parameters, FLOPs per token, training memory
-    python model.py --preset 7b --batch_size 1     # one preset, part by part in exact numbers
+    python model.py --preset 7b --batch_size 1     # one preset in exact numbers
 
     FLOPs per token of the forward pass (training: 3 times as many)
     in millions  projections  attention       ffn    head      total
@@ -148,8 +148,8 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor; as that changes
-    # neither the result nor the gradient, it is detached and autograd keeps nothing for it.
+    # exp(1000) overflows. Without the maximum numerator and denominator are smaller by one factor, which changes neither
+    # result nor gradient: so it is detached.
     exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
@@ -163,15 +163,11 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     q (..., T, D), k (..., S, D), v (..., S, Dv), mask broadcastable to (..., T, S), True where a query may look.
     Returns (..., T, Dv). A query that may look nowhere gets zeros.
 
-    >>> q = k = torch.zeros(3, 2)                               # all scores are equal, so every weight is 1/3
-    >>> v = torch.tensor([[3.0], [6.0], [9.0]])
-    >>> scaled_dot_product_attention(q, k, v).flatten()
-    tensor([6., 6., 6.])
-    >>> causal = torch.ones(3, 3, dtype=torch.bool).tril()      # query t sees keys 0 .. t
-    >>> scaled_dot_product_attention(q, k, v, causal).flatten()
+    >>> q, v = torch.zeros(3, 2), torch.tensor([[3.0], [6.0], [9.0]])  # all scores are equal, and so all weights
+    >>> scaled_dot_product_attention(q, q, v, torch.ones(3, 3, dtype=torch.bool).tril()).flatten()
     tensor([3.0000, 4.5000, 6.0000])
     """
-    # Scores of unit-variance vectors have variance D; dividing by sqrt(D) keeps softmax away from saturation.
+    # Scores of unit-variance vectors have variance D; divided by sqrt(D) they do not saturate the softmax.
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (..., T, S)
     if mask is None:
         return softmax(scores, dim=-1) @ v  # (..., T, Dv)
@@ -373,7 +369,7 @@ class MixtureOfExperts(nn.Module):
         load = (chosen.flatten()[:, None] == experts).sum(dim=0)  # (E,): comparisons count without atomics
         balance_loss = len(experts) * (load / chosen.numel() * p.mean(dim=0)).sum()
         if self.recording:  # not when a checkpointed block computes it all again
-            self.balance_loss, self.step_load = balance_loss, self.step_load + load
+            self.balance_loss, self.step_load = balance_loss, self.step_load + load * self.training
             self.load, self.entropy = self.load + load, self.entropy + torch.special.entr(p.detach()).sum()
         y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
         return y if self.shared is None else y + self.shared(x)
@@ -387,11 +383,8 @@ def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_posi
     positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
     Returns (1 or B, 1, T, S), the second 1 standing for the heads; True where the query may look.
 
-    >>> attention_mask(torch.arange(4), torch.tensor([7, 7, 8, PADDING_SEGMENT_ID])).int()[0, 0]
-    tensor([[1, 0, 0, 0],
-            [1, 1, 0, 0],
-            [0, 0, 1, 0],
-            [0, 0, 0, 0]], dtype=torch.int32)
+    >>> attention_mask(torch.arange(3), torch.tensor([7, 7, 8])).int().tolist()
+    [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
     """
     kv_positions = positions if kv_positions is None else kv_positions
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
@@ -417,8 +410,8 @@ def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = No
     if kind == "flash":
         from flash import flash_attention
 
-        keys = dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
-        places = dict(positions=positions, segment_ids=segment_ids, **keys)
+        places = dict(positions=positions, segment_ids=segment_ids)
+        places |= dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
         return flash_attention if is_causal else partial(flash_attention, **places)
     if kind == "sdpa" and is_causal:
         return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -450,10 +443,8 @@ def document_places(token_ids: Tensor, end_of_text_id: int) -> dict[str, Tensor]
 # --- 6. The cache for decoding ---
 
 class KVCache:
-    """Keys and values of the tokens already read, so that the next token costs one token's work instead of all.
-
-    Under the causal mask nothing that a token computed changes when later tokens arrive, and of it the later ones
-    need only its keys and values, per layer and before the heads are repeated: H/G times smaller.
+    """Keys and values of the tokens already read, so that the next token costs one token's work instead of all: under
+    the causal mask nothing that a token computed changes later, and of it later tokens need only its keys and values.
 
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
@@ -586,15 +577,13 @@ class TransformerLM(nn.Module):
         # loss of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
         std = 1 / (4 * math.sqrt(config.d_model))
         if config.tie_embeddings:
-            # subtle: read as embeddings, weights of std 1 would let every token predict itself with a logit near C and
-            # start the loss in the hundreds. That logit is at most C * std: up to ln(V) / 2 it is harmless.
+            # subtle: embeddings of std 1 would let every token predict itself, with a logit near C and a first loss in
+            # the hundreds. That logit is at most C * std: up to ln(V) / 2 it is harmless.
             std = min(std, math.log(1 + config.vocab_size) / (2 * config.d_model))
         self.lm_head = Linear(config.d_model, config.vocab_size, std=std)
         if config.tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
-            # So small, they would drown in what the branches add: scaled to unit variance on the way in, as in
-            # "Attention Is All You Need", section 3.4.
-            self.embedding_scale = 1 / std
+            self.embedding_scale = 1 / std  # to unit variance on the way in ("Attention Is All You Need", 3.4)
         # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
         # size at any depth, with norms or without (GPT-2 report, section 2.3).
         with torch.no_grad():
@@ -612,20 +601,18 @@ class TransformerLM(nn.Module):
         num_rows, num_tokens = token_ids.shape
         if num_tokens > self.config.context_length:
             raise ValueError(f"{num_tokens} tokens do not fit into the context length {self.config.context_length}")
-        is_causal = positions is None and segment_ids is None and cache is None
-        kv_positions = kv_segment_ids = None
+        is_causal, keys = positions is None and segment_ids is None and cache is None, (None, None)
         if cache is not None:
             if self.attention is not None:
                 raise ValueError("a model whose attention is replaced cannot use a cache: build it without one")
             cache.reserve(num_rows, num_tokens, positions, segment_ids)
-            kv_positions, kv_segment_ids = cache.positions[:, : cache.length], cache.segment_ids[:, : cache.length]
-            positions, segment_ids = kv_positions[:, -num_tokens:], kv_segment_ids[:, -num_tokens:]  # (B, T)
+            keys = (cache.positions[:, : cache.length], cache.segment_ids[:, : cache.length])  # (B, S) each
+            positions, segment_ids = (x[:, -num_tokens:] for x in keys)  # (B, T) each
         elif positions is None:
             positions = torch.arange(num_tokens, device=token_ids.device)  # (T,)
         if self.attention is not None:
             attend = partial(self.attention, positions=positions, segment_ids=segment_ids)
         else:
-            keys = (kv_positions, kv_segment_ids)
             attend = make_attention(self.config.attention, positions, segment_ids, *keys, is_causal=is_causal)
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
@@ -711,8 +698,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
 
     A product of (m, n) and (n, p) takes m n p multiplications and as many additions; the backward pass makes two more
-    for the gradients of its factors, hence 3. Norms, softmax, rotations and activations are left out; scores that the
-    mask hides count as computed, as in torch's FlopCounterMode.
+    for the gradients of its factors, hence 3. All else is left out; scores that the mask hides count as computed.
 
     >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
@@ -779,7 +765,7 @@ def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) ->
 # --- 9. Command line ---
 
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
-    """The three accounts, one table each: a line for each preset in millions, or one preset part by part, exactly."""
+    """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
     accounts = {
         "Parameters": count_parameters,
         "FLOPs per token of the forward pass (training: 3 times as many)":
@@ -789,12 +775,11 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     }
     for title, account in accounts.items():
         tables = {name: account(ModelConfig(**PRESETS[name])) for name in names}
-        for parts in tables.values():
-            parts["total"] = sum(parts.values())
-        rows = [["in millions", *parts]]
-        rows += [[name, *(f"{n / 1e6:,.2f}" for n in tables[name].values())] for name in names]
-        if len(names) == 1:
-            rows = [[part, f"{n:,}", f"{n / parts['total']:.1%}"] for part, n in parts.items()]
+        write = "{:,}" if len(names) == 1 else "{:,.2f}"
+        rows = [["in millions" if len(names) > 1 else "", *next(iter(tables.values())), "total"]]
+        for name, parts in tables.items():
+            numbers = [*parts.values(), sum(parts.values())]
+            rows.append([name, *(write.format(n if len(names) == 1 else n / 1e6) for n in numbers)])
         widths = [max(map(len, column)) for column in zip(*rows)]
         print(f"\n{title}")
         for first, *others in rows:
