@@ -302,7 +302,8 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merg
         codes = keys.astype(np.int64) << 32 | at
         codes.sort()  # by key, then by place
         at, keys = codes.astype(np.int32), codes >> 32
-        begins = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+        begins = np.ones(len(keys), bool)
+        begins[1:] = keys[1:] != keys[:-1]
         heads, end = np.flatnonzero(begins), first[num_pairs]
         new = slice(num_pairs, num_pairs + len(heads))
         if len(heads):
@@ -364,11 +365,13 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merg
         np.subtract.at(counts, pair_at[ahead], weight[ahead])
         at = at[token[beyond] != 255]
         # the key tells the other token, and that the merged one is on the left if it is odd
-        new, keys = add_pairs(np.append(token[ahead] * 2, token[after[at]] * 2 + 1), np.append(ahead, at))
+        keys = np.concatenate((token[ahead] * 2, token[after[at]] * 2 + 1))
+        new, keys = add_pairs(keys, np.concatenate((ahead, at)))
         odd, keys = keys & 1 == 1, keys >> 1
         left[new], right[new], num_pairs = np.where(odd, merged, keys), np.where(odd, keys, merged), new.stop
         born.append(num_pairs)
-        push(new.start + np.flatnonzero(counts[new] >= threshold))
+        if len(hot := np.flatnonzero(counts[new] >= threshold)):
+            push(new.start + hot)
     return merges
 
 # --- 5. Long texts: chunks, workers, files ---

@@ -35,14 +35,13 @@ VOCAB, MERGES = (ROOT / "data" / "reference" / f"gpt2_{name}" for name in ("voca
 END = "<|endoftext|>"
 
 
-def child(what: str, text: str, number: int) -> dict:
+def child(what: str, text: str, number: int, folder: str) -> dict:
     """One measurement, in a process of its own: seconds, and a hash of the ids."""
     ids, begin = [], time.perf_counter()
     if what == "train ours":
         import bpe
 
-        with tempfile.TemporaryDirectory() as folder:
-            bpe.Tokenizer(*bpe.train_bpe(text, number, [END]), [END]).save(folder)
+        bpe.Tokenizer(*bpe.train_bpe(text, number, [END]), [END]).save(folder)
         return {}
     if what == "train tokenizers":
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -52,8 +51,7 @@ def child(what: str, text: str, number: int) -> dict:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=number, special_tokens=[END], initial_alphabet=alphabet)
         tokenizer.train([text], trainer)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(f"{folder}/tokenizer.json")
+        tokenizer.save(f"{folder}/tokenizer.json")
         return {}
     if what == "model":
         import bpe
@@ -83,12 +81,11 @@ def child(what: str, text: str, number: int) -> dict:
     if "tokenizers" in what:
         from tokenizers import Tokenizer
 
-        with tempfile.TemporaryDirectory() as folder:
-            ours.save(folder)
-            theirs = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        ours.save(folder)
+        theirs = Tokenizer.from_file(f"{folder}/tokenizer.json")
     documents = [document + END for document in string.split(END)[:-1]] or [string]
+    path = Path(folder) / "text.txt"
     if what == "encode 2 ours":
-        path = Path(tempfile.mkdtemp()) / "text.txt"
         path.write_text(string, encoding="utf-8", newline="")
     begin = time.perf_counter()
     if what == "encode 1 ours":
@@ -181,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        print(json.dumps(child(args.child[0], args.texts[0], int(args.child[1]))))
-        return
+        with tempfile.TemporaryDirectory() as folder:
+            return print(json.dumps(child(args.child[0], args.texts[0], int(args.child[1]), folder)))
     rows = []
     tables = {"train": ("ours", "tokenizers"), "encode 1": ("ours", "tiktoken", "tokenizers"),
               "encode 2": ("ours", "tiktoken")}
@@ -202,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
                     ratios = [theirs / mine for theirs, mine in zip(seconds, ours)]
                     what = name.replace("train", f"train {number:,}") if table == "train" else name
                     spread = f"{statistics.median(seconds):7.2f} ±{(max(seconds) - min(seconds)) / 2:5.2f}"
-                    memory = results[0]["memory"] / 1e6
-                    print(f"{Path(text).name:<24} {what:<22} {spread:>15} {rate:7.1f} {memory:6.0f} MB   "
+                    memory = f"{max(result['memory'] for result in results) / 1e6:6.0f} MB" if table == "train" else ""
+                    print(f"{Path(text).name:<24} {what:<22} {spread:>15} {rate:7.1f} {memory:>9}   "
                           f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
                     rows.append({"text": Path(text).name, "what": what, "results": results})
     for words in args.words if args.table in ("all", "model") else ():
