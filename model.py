@@ -148,8 +148,8 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    # exp(1000) overflows. Without the maximum numerator and denominator are smaller by one factor, which changes neither
-    # result nor gradient: so it is detached.
+    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor, which changes
+    # neither the result nor the gradient: so it is detached.
     exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 

@@ -1,7 +1,6 @@
 """Read the model back: turn its distribution over the next token into text, one token at a time.
 
-A language model gives p(next token | tokens so far). Writing is a loop: ask for p, draw a token from it, append it,
-ask again. This file holds the three choices in that loop:
+Writing is a loop: ask for p(next token | tokens so far), draw a token from it, append it. Three choices are in it:
 
     how to draw      temperature sharpens or flattens p; top-k and top-p cut off its unlikely tail
     how to compute   naively, all tokens again for each new one: T tokens cost T + (T+1) + (T+2) + ... token forwards;
@@ -65,13 +64,8 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
 
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
     """One token for each row of (B, V): the one on which a uniform number falls when the probabilities lie side by side
-    on a line. One random number a row, where torch.multinomial takes V: a tenth of a decoding step at V = 10,000.
-
-    >>> p = torch.tensor([[0.0, 0.25, 0.75]]).expand(1000, 3)
-    >>> tokens = draw(p, [torch.Generator().manual_seed(0)] * 1000)
-    >>> [tokens.count(token) for token in range(3)]
-    [0, 254, 746]
-    """
+    on a line. One random number a row, where torch.multinomial takes V: a twentieth of a decoding step at V = 10,000,
+    a fifth with 16 rows."""
     ends = probabilities.double().cumsum(dim=-1)  # (B, V)
     uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])  # (B, 1)
     return torch.searchsorted(ends, uniform * ends[:, -1:], right=True)[:, 0].tolist()  # B ids
@@ -94,20 +88,19 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
     row has filled the window. `timings` receives tokens and seconds of prefill and decode.
 
-    A model trained with doc_mask reads documents as it was taught them: stop_id belongs to the one that it ends, and
-    what follows sees nothing before itself and counts from position 0.
+    A model trained with doc_mask reads documents as it was taught them: stop_id ends one, and what follows sees nothing
+    before itself and counts from position 0.
 
-    The model sees the last tokens that fit its context. When the window is full, its last half is kept, read again,
-    and grows anew: sliding it by one token would change every position and make a cache worthless.
-    With and without the cache the windows, and so the tokens, are the same.
+    The model sees the last tokens that fit its context. A full window keeps its last half, reads it again and grows
+    anew, with a cache as without: sliding by one token would change every position and make the cache worthless.
     """
     capacity, vocab_size, parameter = model.config.context_length, model.config.vocab_size, next(model.parameters())
     if not all(prompts) or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise ValueError(f"a prompt is empty or holds an id outside 0 .. {vocab_size - 1}: encode it for this model")
     # Prompts are aligned at their right ends, so that every row's next token belongs into the same column.
-    longest = max(map(len, prompts))
-    window = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])  # (B, T)
-    is_gap = torch.arange(longest) < torch.tensor([[longest - len(prompt)] for prompt in prompts])  # (B, T)
+    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    window = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts)])  # (B, T)
+    is_gap = torch.arange(window.shape[1]) < torch.tensor(gaps)[:, None]  # (B, T)
     boundary = stop_id if model.config.doc_mask and stop_id is not None else -1  # no token has the id -1
     ends = (window == boundary).long()  # (B, T)
     segment_ids = (ends.cumsum(dim=1) - ends).masked_fill(is_gap, PADDING_SEGMENT_ID)  # (B, T)
@@ -158,8 +151,7 @@ class TextStream:
     """
 
     def __init__(self, vocab: dict[int, bytes]) -> None:
-        self.vocab = vocab
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.vocab, self.decoder = vocab, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         return self.decoder.decode(self.vocab.get(token, b"\xff"))
@@ -195,19 +187,16 @@ def seconds_to_read(num_bytes: int, device: torch.device) -> float:
 
 def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bool) -> str:
     """Speed reached, and the speed that memory allows: one token reads every weight but the embedding table once."""
-    parts = []
-    for kind in ("prefill", "decode"):
-        num_tokens, seconds = timings[f"{kind}_tokens"], timings[f"{kind}_seconds"]
-        if num_tokens:
-            parts.append(f"{kind} {num_tokens:,} tokens, {num_tokens / seconds:,.0f} tokens/s")
-    parameters = list(model.parameters())  # tied ones once
-    num_bytes = sum(p.nbytes for p in parameters)
-    if not model.config.tie_embeddings:
-        num_bytes -= model.token_embeddings.weight.nbytes
-    bound = num_samples / seconds_to_read(num_bytes, parameters[0].device)
+    counted = [(kind, timings[f"{kind}_tokens"], timings[f"{kind}_seconds"]) for kind in ("prefill", "decode")]
+    parts = [f"{kind} {n:,} tokens, {n / seconds:,.0f} tokens/s" for kind, n, seconds in counted if n]
+    weights = {name: p for name, p in model.named_parameters() if name != "token_embeddings.weight"}
+    if model.config.tie_embeddings:  # named once, as embeddings
+        weights["lm_head.weight"] = model.lm_head.weight
+    num_bytes, some = sum(p.nbytes for p in weights.values()), model.lm_head.weight
+    bound = num_samples / seconds_to_read(num_bytes, some.device)
     parts.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
     if use_cache:
-        cache = KVCache(model.config, batch_size=1, device="meta", dtype=parameters[0].dtype)
+        cache = KVCache(model.config, batch_size=1, device="meta", dtype=some.dtype)
         parts.append(f"cache {cache.bytes_per_token():,} bytes a token")
     return "; ".join(parts)
 
@@ -242,9 +231,8 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
     return model.to(device=device, dtype=dtype).eval(), tokenizer, payload.get("documents", True)
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     prog="sample.py", allow_abbrev=False)
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
