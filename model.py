@@ -635,9 +635,11 @@ class TransformerLM(nn.Module):
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
     def auxiliary_loss(self) -> Tensor | float:
-        """What balancing adds to the loss of the last forward pass, weighted; 0 without experts or that balance."""
-        weight = self.config.balance_rate if self.config.balance == "loss" else 0.0
-        return weight * sum(moe.balance_loss for _, moe in self.moe) if weight and self.training else 0.0
+        """What balancing adds to the loss of the last forward pass, weighted, told once; 0 without that balance."""
+        total = sum(moe.balance_loss for _, moe in self.moe)
+        for _, moe in self.moe:
+            moe.balance_loss = 0.0  # let go of the graph
+        return self.config.balance_rate * total if self.config.balance == "loss" and self.training else 0.0
 
     @torch.no_grad()
     def update_router_biases(self) -> None:

@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -81,15 +80,19 @@ def peer_step(config: ModelConfig, batch_size: int, dtype: str) -> Callable[[], 
 
 SIDES = {"ours": our_step, "peer": peer_step}
 
+def resident_peak() -> int:
+    """Bytes that this process held at most, from Linux: getrusage would count what its parent held, too."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
 def peak_bytes(side: str, config: ModelConfig, batch_size: int, dtype: str, queue) -> None:
-    """What two steps add to the process's peak resident memory."""
-    if side == "peer":
-        peer_of(ModelConfig(vocab_size=8, context_length=8, d_model=8, num_heads=2, num_layers=1))  # its imports
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """What two steps add to the peak, behind a step of a tiny model that loads all code."""
+    tiny = ModelConfig(vocab_size=8, context_length=8, d_model=8, num_heads=2, num_layers=1)
+    SIDES[side](tiny, 1, dtype)()
+    before = resident_peak()
     step = SIDES[side](config, batch_size, dtype)
     step(), step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    queue.put(unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(resident_peak() - before)
 
 def peak_memory(side: str, *arguments) -> int:
     context = multiprocessing.get_context("spawn")
@@ -139,14 +142,13 @@ def where_time_goes(config: ModelConfig, args: argparse.Namespace) -> dict[str, 
 
     parts = {"forward": forward, "forward and backward": lambda: forward().backward(), "lm_head and loss": loss,
              "clipping": lambda: clip_gradients(model.parameters(), 1.0), "optimizer": optimizer.step}  # fmt: skip
-    medians = {}
-    for name, part in parts.items():
-        seconds = []
-        for _ in range(args.rounds + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(args.rounds + 1):
+        for name, part in parts.items():
             start = time.perf_counter()
             part()
-            seconds.append(time.perf_counter() - start)
-        medians[name] = statistics.median(seconds[1:])
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     medians["blocks, both ways"] = medians["forward and backward"] - medians["lm_head and loss"]
     return medians
 

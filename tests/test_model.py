@@ -571,6 +571,7 @@ def test_auxiliary_loss():
             moe.router.weight.zero_()
     model(random_tokens(2, 9))
     assert model.auxiliary_loss().item() == pytest.approx(0.5 * 3 * 1.0, abs=1e-6), "equal p: 1 whatever is chosen"
+    assert model.auxiliary_loss() == 0.0, "told once: the graph of a step does not outlive it"
     moe = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=1))))
     moe.recording = True
     with torch.no_grad():
