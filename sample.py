@@ -75,7 +75,7 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
 def positions_of(segment_ids: Tensor) -> Tensor:
     """Positions that start at 0 with each run of equal segment ids, as in training: (B, T) -> (B, T)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
-    inside = segment_ids == segment_ids.roll(1, dims=1)  # (B, T); the first place of all is no start to cummax's 0
+    inside = segment_ids == segment_ids.roll(1, dims=1)  # (B, T); of the first place it does not matter: its index is 0
     return index - index.masked_fill(inside, 0).cummax(dim=1).values  # (B, T)
 
 @torch.inference_mode()
@@ -107,9 +107,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     window, segment_ids = (x[:, -capacity:].to(parameter.device) for x in (window, segment_ids))  # (B, T)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
-    cache = None
-    if use_cache:
-        cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype)
+    cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype) if use_cache else None
     timings = {} if timings is None else timings
     timings.update(prefill_tokens=0, prefill_seconds=0.0, decode_tokens=0, decode_seconds=0.0)
     model.eval()
@@ -143,12 +141,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
 
 class TextStream:
     """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
-    wait for the next token. What never becomes a character is shown as U+FFFD.
-
-    >>> stream = TextStream({0: b"caf", 1: bytes([0xC3]), 2: bytes([0xA9])})
-    >>> [stream.push(0), stream.push(1), stream.push(2), stream.finish()]
-    ['caf', '', 'é', '']
-    """
+    wait for the next token. What never becomes a character is shown as U+FFFD."""
 
     def __init__(self, vocab: dict[int, bytes]) -> None:
         self.vocab, self.decoder = vocab, codecs.getincrementaldecoder("utf-8")(errors="replace")
