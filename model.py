@@ -310,7 +310,7 @@ def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, C) in E groups of rows, the e-th ending before row ends[e], times weight (E, F, C)^T: (M, F).
 
-    One kernel for all groups where torch has it: the sizes then stay on the GPU, which never waits for Python.
+    One kernel for all groups where torch has it; in half precision on a GPU, it never waits for Python.
     """
     if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -449,10 +449,6 @@ class KVCache:
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
     so that every row is what it would be alone. No gradient passes through what is cached.
-
-    >>> config = ModelConfig(vocab_size=10, context_length=8, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> KVCache(config, batch_size=1).bytes_per_token()        # 2 (k, v) * 2 layers * 2 heads * 4 numbers * 4 bytes
-    128
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, dtype:
@@ -555,10 +551,6 @@ class TransformerLM(nn.Module):
 
     `attention` replaces the local attention, for example by one that spreads a sequence over several processes. It is
     called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads.
-
-    >>> config = ModelConfig(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4)
-    >>> TransformerLM(config)(torch.zeros(3, 7, dtype=torch.long)).shape
-    torch.Size([3, 7, 50])
     """
 
     def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
@@ -573,8 +565,8 @@ class TransformerLM(nn.Module):
         self.moe = [(i, self.layers[i].ffn) for i in config.moe_layers]
         # A post-norm block ends in a norm already.
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
-        # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16 and so a first
-        # loss of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
+        # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16 and a first loss
+        # of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
         std = 1 / (4 * math.sqrt(config.d_model))
         if config.tie_embeddings:
             # subtle: embeddings of std 1 would let every token predict itself, with a logit near C and a first loss in
