@@ -6,8 +6,8 @@ One step is five lines: take a batch of token windows, predict every next token,
     loss(theta) = mean over tokens of  -log p_theta(next token | tokens before it)
     theta      <- theta - lr * AdamW(gradient of the loss)
 
-Everything else in this file makes those five lines repeatable: a batch is a pure function of (seed, step), so a run
-can stop and go on with the same bits; a checkpoint is written whole or not at all; what was measured stands in a log.
+The rest makes those five lines repeatable: a batch is a pure function of (seed, step), so a run can stop and go on with
+the same bits; a checkpoint is written whole or not at all; what was measured stands in a log.
 
     python train.py                                    # TinyStories (or built-in stories): minutes on a laptop
     python train.py --dataset shakespeare --max_steps 500
@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
 from ddp import ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
@@ -49,7 +50,6 @@ from shard_opt import clip_gradients as clip_sharded
 from shard_opt import full_state_dicts, load_full_state_dicts, shard
 
 # --- 1. The loss ---
-
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean.
 
@@ -118,7 +118,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk)
 
 # --- 2. The optimizers ---
-
 def in_cache(*tensors: Tensor, numbers: int = 2**18) -> Iterable[tuple[Tensor, ...]]:
     """Equal tensors in blocks of rows that stay in a CPU's cache for several passes: AdamW takes 42 instead of 91 ms
     for 22.7 M parameters on two cores, a tenth of a bfloat16 step of the baseline, and gives the same bits."""
@@ -142,20 +141,15 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, it is {value}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), they are {betas}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"betas must lie in [0, 1), and lr, eps, weight_decay not be negative: {options}")
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """One update of every parameter that has a gradient; the others are skipped whole, decay included."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             self.update_group(group, [p for p in group["params"] if p.grad is not None])
         return loss
@@ -167,8 +161,7 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-            t = state["step"]
+            t = state["step"] = state["step"] + 1
             for w, g, m, v in in_cache(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
                 w.mul_(1 - lr * group["weight_decay"])
                 m.lerp_(g, 1 - beta1)
@@ -222,21 +215,17 @@ class Muon(AdamW):
                 p.add_(update, alpha=-group["lr"] * scale)
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes.
-    Muon takes the matrices inside the blocks; rows of embedding, head and router are looked up one by one and stay
-    AdamW's."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if muon and p.ndim >= 2 and name.startswith("layers.") and "router" not in name]
-    taken = {id(p) for p in hidden}
-    groups = [
-        {"params": hidden, "weight_decay": weight_decay, "muon": True},
-        {"params": [p for _, p in named if p.ndim >= 2 and id(p) not in taken], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes. Muon
+    takes the matrices inside the blocks; rows of embedding, head and router are looked up one by one: AdamW's."""
+    hidden, others, gains = [], [], []
+    for name, p in model.named_parameters():
+        inside = muon and name.startswith("layers.") and "router" not in name
+        (gains if p.ndim < 2 else hidden if inside else others).append(p)
+    groups = [{"params": hidden, "weight_decay": weight_decay, "muon": True},
+              {"params": others, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 # --- 3. Learning rate and clipping ---
-
 def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
     """Linear warm-up from 0 to max_lr at it == warmup_iters, half a cosine down to min_lr at it == cosine_cycle_iters,
     min_lr ever after; both ends are exact. Warm-up keeps the first steps short while AdamW's averages are still noise.
@@ -246,8 +235,8 @@ def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: 
     """
     if it < warmup_iters:
         return max_lr * it / warmup_iters
-    if it >= cosine_cycle_iters:  # before the cosine: it also covers cosine_cycle_iters == warmup_iters
-        return min_lr if it > warmup_iters or cosine_cycle_iters > warmup_iters else max_lr
+    if it == warmup_iters or it >= cosine_cycle_iters:  # the ends, without a rounding or a cosine of no length
+        return max_lr if it == warmup_iters else min_lr
     progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)  # 0 ... 1
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
 
@@ -255,10 +244,7 @@ def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: 
 def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
     """Scale all gradients together, in place, so that their joint l2 norm is at most max_l2_norm; returns the norm
     they had, a scalar tensor. Below the limit nothing changes, not even a rounding. (Pascanu et al. 2013, section 3.2)
-
-    The norm stays a tensor and the choice is made by torch.where: on a GPU, asking Python `if norm > limit` would
-    wait for every kernel in flight.
-    """
+    torch.where makes the choice: on a GPU, Python's `if norm > limit` would wait for every kernel in flight."""
     gradients = [p.grad for p in parameters if p.grad is not None]  # a list: `parameters` may be a generator
     if not gradients:
         return torch.zeros(())
@@ -269,7 +255,6 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
     return norm
 
 # --- 4. Batches ---
-
 def num_starts(tokens: np.ndarray, context_length: int) -> int:
     """How many windows of context_length tokens and one more the corpus holds."""
     if len(tokens) <= context_length:
@@ -279,16 +264,14 @@ def num_starts(tokens: np.ndarray, context_length: int) -> int:
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
               rng: np.random.Generator | None = None, rows: slice = slice(None),
-              starts: np.ndarray | None = None, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
-
-    Starts 0 ... n - T - 1 are equally likely (the last window's last target is the last token), or those in `starts`
-    are. All batch_size starts are drawn from `rng`, then `rows` of them are read: the ranks of a distributed run draw
-    the same starts and each reads its share. `tokens` may be a memory map; only the windows are read from disk.
-    """
-    choices = num_starts(tokens, context_length) if starts is None else len(starts)
+              starts: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random windows of a long token array and, for each position, its successor: two (B, T) int64 tensors.
+    Starts 0 ... n - T - 1 are equally likely (the last window's last target is the last token), or those in `starts`,
+    if any. All batch_size starts are drawn from `rng`, then `rows` of them are read: the ranks of a distributed run draw
+    the same starts and each reads its share. `tokens` may be a memory map; only the windows are read from disk."""
+    choices = len(starts) or num_starts(tokens, context_length)
     chosen = (rng or np.random.default_rng()).integers(choices, size=batch_size)[rows]
-    chosen = chosen if starts is None else starts[chosen]
+    chosen = starts[chosen] if len(starts) else chosen
     windows = np.stack([tokens[start : start + context_length + 1] for start in chosen]).astype(np.int64)  # (B, T + 1)
     if vocab_size is not None and windows.max() >= vocab_size:
         raise UserError(f"the corpus holds token {windows.max()}, beyond the vocabulary's {vocab_size:,}: remove its "
@@ -300,7 +283,6 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     return batch[:, :-1], batch[:, 1:]  # (B, T), (B, T)
 
 # --- 5. Checkpoints ---
-
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
     while (inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None)) is not None:
@@ -312,8 +294,8 @@ def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, it
     write_checkpoint(unwrapped(model).state_dict(), optimizer.state_dict(), iteration, out, **extra)
 
 def write_checkpoint(model_state: dict, optimizer_state: dict, iteration: int, out, **extra) -> None:
-    """The same of two state dicts. A path is written under a temporary name, flushed to the disk and renamed: a reader
-    finds the old file or the new one, never half of one, even when the machine loses power in between."""
+    """The same of two state dicts. A path gets its name when the file is whole and on the disk: a reader finds the old
+    one or the new one, never half of one, even when the machine loses power in between."""
     payload = {"model": model_state, "optimizer": optimizer_state, "iteration": iteration, **extra}
     with contextlib.nullcontext(out) if hasattr(out, "write") else write_atomically(out, "wb") as file:
         torch.save(payload, file)
@@ -338,9 +320,9 @@ def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
     return payload
 
 def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration.
-    src: a path, a binary file object, or what read_checkpoint has read of one."""
-    payload = src if isinstance(src, dict) else read_checkpoint(src)
+    """Load what save_checkpoint wrote, to a path or a binary file object, into model and optimizer (None: the model
+    alone); returns the iteration."""
+    payload = read_checkpoint(src)
     try:
         unwrapped(model).load_state_dict(payload["model"])
         if optimizer is not None:
@@ -355,12 +337,11 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return max(run_folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
 
 # --- 6. Evaluation ---
-
 @dataclass
 class ValidationSet:
-    """What evaluation scores, cut once: batches of (inputs, targets) arrays, both (B, T); a target of -1 is padding."""
+    """What evaluation scores, cut once: batches of (inputs, targets), both (B, T); a target of -1 is padding."""
 
-    batches: list[tuple[np.ndarray, np.ndarray]]
+    batches: list[tuple[Tensor, np.ndarray]]
     token_bytes: np.ndarray  # (V,) bytes of text that each id stands for; the end-of-text token stands for none
     num_tokens: int
     floor: float | None  # the corpus generator's own -log p in nats per byte: no model can be better on average
@@ -390,59 +371,51 @@ def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: 
         raise UserError("the validation split is empty: take a longer text")
     batches = []
     for first in range(0, len(rows), batch_size):
-        group = rows[first : first + batch_size]
-        inputs = np.zeros((len(group), max(map(len, group)) - 1), dtype=np.int64)  # (B, T)
-        targets = np.full_like(inputs, -1)  # (B, T)
-        for row, ids in enumerate(group):
-            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-        batches.append((inputs, targets))
+        group = [torch.from_numpy(row) for row in rows[first : first + batch_size]]
+        inputs = pad_sequence([row[:-1] for row in group], batch_first=True)  # (B, T)
+        targets = pad_sequence([row[1:] for row in group], batch_first=True, padding_value=-1)  # (B, T)
+        batches.append((inputs, targets.numpy()))
     num_tokens = sum(len(row) - 1 for row in rows)
     return ValidationSet(batches, token_bytes, num_tokens, floor, question_end if by_document else None)
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
              places_of: Callable[[Tensor], dict] = lambda inputs: {}) -> dict:
-    """Mean loss over the validation tokens (nats per token) and the same surprise per byte of text, in bits and nats.
-
-    Per-byte numbers compare models with different tokenizers; per-token ones do not. The ranks share the batches. Where
-    documents are problems, exact_match is the share of those whose every token behind the question would be generated
-    by always taking the likeliest: if all of them are likeliest after the right ones, all would have been.
-    """
+    """Mean loss over the validation tokens, in nats per token, and the same surprise in bits per byte of text, which
+    alone compares models with different tokenizers. The ranks share the batches. Where documents are problems,
+    exact_match is the share of those whose every token behind the question would be generated by always taking the
+    likeliest: if each is likeliest after the right ones before it, all would have been."""
     model.eval()
-    nats, num_bytes, solved, num_problems = 0.0, 0, 0, 0
+    sums = np.zeros(4)  # nats, bytes, problems solved, problems
     for first in range(0, len(validation.batches), ranks.world_size):
         index = first + ranks.rank  # beyond the end, too: a sharded model must be called equally often on every rank
         inputs, targets = validation.batches[index % len(validation.batches)]
         scored = targets >= 0
-        inputs = torch.from_numpy(inputs).to(device)  # (B, T)
+        inputs = inputs.to(device)  # (B, T)
         with autocast():
             logits = model(inputs, **places_of(inputs))  # (B, T, V)
             losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), reduction="none")  # (B, T)
         if index < len(validation.batches):
-            nats += losses.cpu().double().numpy()[scored].sum()
-            num_bytes += int(validation.token_bytes[targets[scored]].sum())
             ends = targets == validation.question_end  # (B, T)
             behind = scored & (ends.cumsum(axis=1) > ends)  # (B, T), the token that ends the question not included
-            solved += int((~behind | (logits.argmax(dim=-1).cpu().numpy() == targets)).all(axis=1).sum())
-            num_problems += len(targets)
+            solved = (~behind | (logits.argmax(dim=-1).cpu().numpy() == targets)).all(axis=1)  # (B,)
+            sums += (losses.cpu().double().numpy()[scored].sum(), validation.token_bytes[targets[scored]].sum(),
+                     solved.sum(), len(targets))
     model.train()
-    nats, num_bytes, solved, num_problems = (all_reduce_sum(float(x)) for x in (nats, num_bytes, solved, num_problems))
+    nats, num_bytes, solved, num_problems = (all_reduce_sum(float(x)) for x in sums)
     scores = {"val_loss": nats / validation.num_tokens, "val_bits_per_byte": nats / max(num_bytes, 1.0) / math.log(2)}
     return scores if validation.question_end is None else {**scores, "exact_match": solved / num_problems}
 
 # --- 7. Writing down what happened ---
-
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
 
     def __init__(self, folder: Path, resume_at: int, wandb: bool = False):
         self.path, self.wandb_run, self.lock = folder / "log.jsonl", None, open(folder / "lock", "w")
         try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-        except ImportError:
-            pass
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
         except OSError:
             raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name") from None
         if wandb:
@@ -453,13 +426,13 @@ class RunLog:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
         self.file = open(self.path, "a", encoding="utf-8")
 
-    def write(self, **values) -> None:
-        finite = {name: value for name, value in values.items()  # JSON knows no infinity
+    def write(self, line: dict) -> None:
+        finite = {name: value for name, value in line.items()  # JSON knows no infinity
                   if not isinstance(value, float) or math.isfinite(value)}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            self.wandb_run.log(values, step=values["step"])
+            self.wandb_run.log(line, step=line["step"])
 
     def close(self) -> None:
         self.file.close()
@@ -483,27 +456,25 @@ def clock(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-def progress_line(step: int, max_steps: int, loss: float, lr: float, norm: float, speed: float, left: float) -> str:
-    """
-    >>> progress_line(50, 1500, 4.2179, 3e-3, 0.5123, 20481.7, 95.0)
-    'step    50/1500   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:35 left'
-    """
-    width = len(str(max_steps))
-    return (f"step {step:{max(width, 5)}}/{max_steps}   loss {loss:7.4f}   lr {lr:.2e}   norm {norm:6.3f}   "
-            f"{speed:7,.0f} tokens/s   {clock(left):>5} left")
+def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str:
+    """A line of the log as people read it; of an evaluation, how near the loss is to the corpus's own entropy, too.
 
-def evaluation_line(step: int, max_steps: int, scores: dict, floor: float | None) -> str:
-    """Validation loss in its readings, and how near it is to the corpus's own entropy where that is known.
-
-    >>> evaluation_line(600, 600, {"val_loss": 1.25, "val_bits_per_byte": 0.4}, 0.2522)
+    >>> progress_line({"step": 50, "tokens": 153_600, "train_loss": 4.2179, "lr": 3e-3, "grad_norm": 0.5123,
+    ...                "tokens_per_second": 20481.7}, 680)
+    'step    50/680   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:34 left'
+    >>> progress_line({"step": 600, "val_loss": 1.25, "val_bits_per_byte": 0.4}, 600, floor=0.2522)
     'step   600/600   val  1.2500   perplexity 3.49   0.4000 bits/byte   0.2773 nats/byte, floor 0.2522'
     """
-    loss, bits = scores["val_loss"], scores["val_bits_per_byte"]
+    step, text = line["step"], f"step {line['step']:{max(len(str(max_steps)), 5)}}/{max_steps}   "
+    if "val_loss" not in line:
+        left = (max_steps / step - 1) * line["tokens"] / line["tokens_per_second"]
+        return text + (f"loss {line['train_loss']:7.4f}   lr {line['lr']:.2e}   norm {line['grad_norm']:6.3f}   "
+                       f"{line['tokens_per_second']:7,.0f} tokens/s   {clock(left):>5} left")
+    loss, bits = line["val_loss"], line["val_bits_per_byte"]
     perplexity = math.exp(min(loss, 700))
-    line = (f"step {step:{max(len(str(max_steps)), 5)}}/{max_steps}   val {loss:7.4f}   "
-            f"perplexity {perplexity:,.{2 if perplexity < 100 else 0}f}   {bits:.4f} bits/byte")
-    line += "" if floor is None else f"   {bits * math.log(2):.4f} nats/byte, floor {floor:.4f}"
-    return line + (f"   {scores['exact_match']:.1%} solved" if "exact_match" in scores else "")
+    text += f"val {loss:7.4f}   perplexity {perplexity:,.{2 if perplexity < 100 else 0}f}   {bits:.4f} bits/byte"
+    text += "" if floor is None else f"   {bits * math.log(2):.4f} nats/byte, floor {floor:.4f}"
+    return text + (f"   {line['exact_match']:.1%} solved" if "exact_match" in line else "")
 
 def plot_runs(folders: list[Path], picture: Path) -> Path:
     """Training and validation loss of some runs against steps, tokens and seconds, as a PNG. Needs matplotlib."""
@@ -528,8 +499,7 @@ def report(folders: list[Path]) -> str:
     runs = []
     for folder in folders:
         stored = read_config(folder)
-        scores = [line for line in read_log(folder / "log.jsonl") if "val_loss" in line]
-        if scores:
+        if scores := [line for line in read_log(folder / "log.jsonl") if "val_loss" in line]:
             runs.append((scores[-1], folder.name, {**stored["model"], **stored["train"]}))
     if not runs:
         raise UserError("none of these runs has been evaluated yet: give folders of runs, such as runs/*")
@@ -550,7 +520,6 @@ def import_optional(name: str):
         raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name.split('.')[0]}") from None
 
 # --- 8. Settings: one default, one place ---
-
 @dataclass
 class TrainConfig:
     """What a run is, beside its model: a resumed run keeps it, but for the fields that may change."""
@@ -615,6 +584,9 @@ class Place:
     report: list[str] | None = option(None, "compare finished runs (with --plot: draw runs.png)")
 
     def __post_init__(self):
+        if self.device is None:
+            mps = "mps" if torch.backends.mps.is_available() else "cpu"
+            self.device = "cuda" if torch.cuda.is_available() else mps
         for name in ("bucket_size_mb", "context_parallel", "dist_timeout", "num_workers"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
@@ -658,15 +630,8 @@ def build_parser() -> argparse.ArgumentParser:
 def fields_of(config: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
 
-def device_type_of(name: str | None) -> str:
-    """`cuda`, `mps` or `cpu`: the type of the device asked for, or of the fastest that is there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return name.split(":")[0]
-
-def pick_device(name: str | None, local_rank: int) -> torch.device:
-    """The device asked for, or the fastest that is there; several processes take one GPU each."""
-    name = name or device_type_of(name)
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device of that name; of several GPUs, each process on this machine takes its own."""
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
@@ -708,20 +673,19 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     say(f"parameters        {sum(count_parameters(model_config).values()):>18,}"
         + (f"  of which a token uses {active:,}" if model_config.num_experts else ""))
     say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
+    memory[f"in all, {micro_batch} sequences at a time"] = sum(memory.values())
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
-    say(f"memory            {sum(memory.values()) / 1e9:>15.3f} GB  in all, {micro_batch} sequences at a time")
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
     for mode, (count, held) in devices_needed(model_config, micro_batch, size).items():
         needed = f"of {size / 2**30:,.0f} GiB, {held / 1e9:,.1f} GB on each" if count else "is enough"
         say(f"devices           {f'{count:,}' if count else 'no number':>18}  {needed}: --shard_opt {mode}")
     num_tokens = tokens_per_step * config.max_steps
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
-    say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of the {rate / 1e9:,.0f} GFLOP/s of "
-        f"one matrix product here ({device.type}, float32)")
+    say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of a float32 matrix product's "
+        f"{rate / 1e9:,.0f} GFLOP/s here ({device.type})")
 
 # --- 9. The run ---
-
 def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path, description: dict) -> Path:
     """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
     a run can be read back when the data is long gone. A folder that holds a run already is refused."""
@@ -750,38 +714,35 @@ def read_config(folder: Path) -> dict:
     """What config.json says of a run: preset, tokenizer_hash, model, train."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {**stored, "model": dict(stored["model"]), "train": dict(stored["train"])}
+        return {**stored, "model": {**stored["model"]}, "train": {**stored["train"]}}
     except OSError:
         raise UserError(f"{folder}: there is no run to resume or report here") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'config.json'}: not the configuration of a run") from None
 
-def model_config_of(values: dict) -> ModelConfig:
-    try:
-        return ModelConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-
 def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
+    folder = None
     if place.resume:
         folder = Path(place.out_dir) / place.run_name if place.run_name else newest_run(Path(place.out_dir))
         stored = read_config(folder)
-        model_values, train_values = stored["model"], stored["train"]
-        place.preset = stored.get("preset")
+        place.preset, model_values, train_values = stored.get("preset"), stored["model"], stored["train"]
         known = {**model_values, **train_values, "preset": place.preset}
         may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("may_change")}
         for name, value in typed.items():
-            if name in known and name not in may_change and value != known[name]:
+            if name in may_change:
+                train_values[name] = value
+            elif name in known and value != known[name]:
                 raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
                                 f"settings; leave the flag away, or start a new run without --resume")
-        train_values = {**train_values, **{name: typed[name] for name in may_change if name in typed}}
-        return model_config_of(model_values), TrainConfig(**train_values), folder
-    if place.preset is None:
-        place.preset = "baseline" if device_type_of(place.device) == "cuda" else "laptop"
-    model_config = model_config_of({**PRESETS[place.preset], **fields_of(ModelConfig, typed)})
-    config = TrainConfig(**{**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)})
-    return model_config, config, None
+    else:
+        place.preset = place.preset or ("baseline" if place.device.startswith("cuda") else "laptop")
+        model_values = {**PRESETS[place.preset], **fields_of(ModelConfig, typed)}
+        train_values = {**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)}
+    try:
+        return ModelConfig(**model_values), TrainConfig(**train_values), folder
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
 
 def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
@@ -791,7 +752,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             say(f"curves: {plot_runs(folders, Path('runs.png'))}")
         return 0
     model_config, config, folder = settings(typed, place)
-    resuming, recording = folder is not None, not (place.overfit_one_batch or place.profile)
+    recording = not (place.overfit_one_batch or place.profile)
     device = pick_device(place.device, ranks.local_rank)
     dtype = pick_dtype(config.dtype, device, model_config)
     sharded = place.shard_opt in ("zero2", "fsdp", "torch_fsdp")  # these reduce gradients themselves
@@ -821,69 +782,63 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     data = on_rank_0(lambda: prepare(
         config.dataset, vocab_size=model_config.vocab_size, special_tokens=special_tokens, data_dir=place.data_dir,
         data_bytes=config.data_bytes, num_workers=place.num_workers, say=say), "preparing the data")
-    tokenizer = Tokenizer.from_files(data.tokenizer_dir / "vocab.json", data.tokenizer_dir / "merges.txt",
-                                     list(special_tokens))
+    tokenizer = Tokenizer.load(data.tokenizer_dir)
     if data.dataset == "stories" != config.dataset:  # it stood in for tinystories, and a resumed run asks for it
         config.dataset, config.data_bytes = "stories", min(config.data_bytes or GENERATED_BYTES, GENERATED_BYTES)
     train_tokens, val_tokens = load_tokens(data.train_tokens, tokenizer), load_tokens(data.val_tokens, tokenizer)
     end_of_text_id = tokenizer.token_ids.get(END_OF_TEXT.encode(), -1)
-    has_documents = bool(special_tokens) and bool((train_tokens[:1_000_000] == end_of_text_id).any())
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
-    starts, by_document = None, special_tokens and data.dataset in ("stories", "arithmetic")
-    if num_starts(train_tokens, model_config.context_length) and by_document:
-        ends = train_tokens[: -model_config.context_length] == end_of_text_id
-        starts = np.flatnonzero(ends) if ends.any() else None
+    by_document = special_tokens and data.dataset in ("stories", "arithmetic")
+    possible = train_tokens[: num_starts(train_tokens, model_config.context_length)]
+    starts = np.flatnonzero(possible == end_of_text_id) if by_document else ()
     validation = validation_set(val_tokens, tokenizer, context_length=model_config.context_length,
                                 batch_size=max(1, 8192 // model_config.context_length), max_tokens=config.eval_tokens,
                                 by_document=by_document,
                                 question_end=tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None)
 
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
-    path, payload, step, seconds_before = latest_checkpoint(folder) if resuming else None, {}, 0, 0.0
-    if resuming and path is None:
-        say(f"{folder}: no checkpoint yet, so from the beginning")
-        resuming = False
-    if resuming:
+    path = latest_checkpoint(folder) if folder else None
+    step, seconds_before, payload = 0, 0.0, None
+    if path:
         payload = read_checkpoint(path)
         if payload.get("tokenizer_hash") != tokenizer.hash():
             raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
         if payload.get("config") != dataclasses.asdict(model_config):
             raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
-        step, seconds_before = payload["iteration"], payload.get("seconds", 0.0)
-    context = ContextParallel(place.context_parallel)
-
-    def places_of(inputs: Tensor) -> dict:
-        """What the model is told of the places of whole rows: with --doc_mask, where documents begin."""
-        return document_places(inputs, end_of_text_id) if model_config.doc_mask else {}
-
-    def local_attention(q: Tensor, k: Tensor, v: Tensor, **places) -> Tensor:
-        return make_attention(model_config.attention, **places)(q, k, v)
-
+        step, seconds_before = payload["iteration"], payload["seconds"]
+    elif folder:
+        say(f"{folder}: no checkpoint yet, so from the beginning")
+    resumed_at = step if path else -1
     torch.manual_seed(config.seed)  # the same parameters on every rank
-    spread = context.attention(local_attention) if context.size > 1 else None
-    model = TransformerLM(model_config, attention=spread).to(device)
-    module = torch.compile(model) if config.compile else model
+    context, spread = ContextParallel(place.context_parallel), None
+    if context.size > 1:
+        spread = context.attention(lambda q, k, v, **places: make_attention(model_config.attention, **places)(q, k, v))
+    module = model = TransformerLM(model_config, attention=spread).to(device)
+    if config.compile:
+        model.compile()
     make_groups = partial(parameter_groups, weight_decay=config.weight_decay, muon=config.optimizer == "muon")
     optimizer_class, options = {"adamw": AdamW, "muon": Muon}[config.optimizer], {"betas": (0.9, config.beta2)}
     try:
         if place.shard_opt == "none":
-            optimizer = optimizer_class(make_groups(model), lr=config.lr, **options)
+            optimizer = optimizer_class(make_groups(model), **options)
         else:
-            half = dtype if sharded and dtype != torch.float32 else None
-            module, optimizer = shard(module, place.shard_opt, make_groups, optimizer_class, compute_dtype=half,
-                                      lr=config.lr, **options)
+            module, optimizer = shard(model, place.shard_opt, make_groups, optimizer_class, **options,
+                                      compute_dtype=dtype if sharded and dtype != torch.float32 else None)
         if ranks.world_size > 1 and not sharded:
-            module = wrap(module, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
-        if resuming:
+            module = wrap(model, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
+        if path:
             load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
     except ValueError as error:  # what does not go together, or not with the checkpoint
         raise UserError(str(error)) from None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
-    if resuming:
-        scaler.load_state_dict(payload.get("scaler", {}))
-        torch.set_rng_state(payload.get("rng", torch.get_rng_state()))  # though every step seeds its own
-    payload = None  # its tensors live in the model and the optimizer now
+    if path:
+        scaler.load_state_dict(payload["scaler"])
+        torch.set_rng_state(payload["rng"])  # though every step seeds its own
+    del payload  # its tensors live in the model and the optimizer now
+    # What the model is told of the places of whole rows: with --doc_mask, where documents begin.
+    places_of = partial(document_places, end_of_text_id=end_of_text_id) if model_config.doc_mask else lambda inputs: {}
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
     log = None
@@ -893,14 +848,11 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir, description),
                            "making the run's folder")
         if ranks.rank == 0:
-            log = RunLog(folder, resume_at=step if resuming else -1, wandb=place.wandb)
+            log = RunLog(folder, resume_at=resumed_at, wandb=place.wandb)
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads")
     say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
-        f"{model_config.context_length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * resuming)
-
-    def autocast():
-        return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        f"{model_config.context_length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
     received: list[int] = []
@@ -910,12 +862,18 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
-    span, profiler = (lambda name: contextlib.nullcontext()), None
+    span, profiler = torch.profiler.record_function, None  # names that --profile sums up
     if place.profile:
-        span, config.max_steps, profiler = torch.profiler.record_function, 8, torch.profiler.profile()
+        config.max_steps, profiler = 8, torch.profiler.profile()
+
+    def tell(values: dict) -> None:
+        line = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds, **values}
+        say(progress_line(line, config.max_steps, validation.floor))
+        if log is not None:
+            log.write(line)
+
     started = interval_started = time.perf_counter()
-    interval_tokens, resumed_at = 0, step if resuming else -1
-    tokens_per_step = config.batch_size * model_config.context_length
+    tokens_per_step, interval_tokens = config.batch_size * model_config.context_length, 0
     module.train()
     while True:
         # Between two steps: evaluate, save, stop.
@@ -923,27 +881,24 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         stopping = all_reduce_sum(float(len(received))) > 0
         last = step >= config.max_steps
         seconds = seconds_before + pause - started
-        if recording and step != resumed_at and (step % config.eval_interval == 0 or last):
+        fresh = recording and step != resumed_at  # what a run has just read of a checkpoint was scored when it wrote it
+        if fresh and (step % config.eval_interval == 0 or last):
             model.attention = None  # without gradients each rank has room for whole sequences
-            scores = evaluate(module, validation, device, autocast, ranks, places_of)
+            tell(evaluate(module, validation, device, autocast, ranks, places_of))
             model.attention = spread
-            say(evaluation_line(step, config.max_steps, scores, validation.floor))
-            if log is not None:
-                log.write(step=step, tokens=step * tokens_per_step, seconds=seconds, **scores)
-        due = last or stopping or (step and step % config.save_interval == 0)
-        if recording and step != resumed_at and due:
+        if fresh and (last or stopping or (step and step % config.save_interval == 0)):
             states = full_state_dicts(module, optimizer)  # of every rank's part; whole on rank 0
             if not all(p.isfinite().all() for p in states[0].values()):
-                raise UserError(f"step {step}: parameters are no longer finite; nothing was saved: lower --lr or raise "
-                                f"--warmup_steps")
+                raise UserError(f"step {step}: the parameters are not finite, nothing was saved: lower --lr")
             if log is not None:
                 write_checkpoint(*states, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                                  scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                                  tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
-                                 tokenizer_hash=tokenizer.hash(), documents=has_documents, rng=torch.get_rng_state())
+                                 tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state(),
+                                 documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
                 for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                     old.unlink()
-            del states
+            del states  # not kept while the next steps run
         interval_started += time.perf_counter() - pause  # the pause is not the training's speed
         if last or stopping:
             break
@@ -997,7 +952,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             scaler.step(optimizer)
             scaler.update()
             model.update_router_biases()
-        if profiler is not None and step == 3:  # the first steps are slower than all others
+        if profiler and step == 3:  # the first steps are slower than all others
             profiler.start()
 
         # Tell. Reading a loss waits for the device, so it is read only when it is told.
@@ -1005,20 +960,16 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         if telling:
             train_loss = all_reduce_sum(sum(loss.item() for loss in losses)) / ranks.world_size  # added in float64
             if not math.isfinite(train_loss):
-                raise UserError(f"step {step}: the loss is {train_loss}, no checkpoint holds it: lower --lr or raise "
-                                f"--warmup_steps, and start again")
+                raise UserError(f"step {step}: the loss is {train_loss}: start again with a lower --lr or more warm-up")
             now = time.perf_counter()
             speed = interval_tokens / (now - interval_started)
             interval_started, interval_tokens = now, 0
-            say(progress_line(step, config.max_steps, train_loss, lr, norm.item(), speed,
-                              (config.max_steps - step) * tokens_per_step / speed))
             experts = model.router_statistics()  # of this process's tokens
-            if log is not None:
-                log.write(step=step, tokens=step * tokens_per_step, seconds=seconds_before + now - started,
-                          train_loss=train_loss, lr=lr, grad_norm=norm.item(), tokens_per_second=speed,
-                          **({"experts": experts} if experts else {}))
+            seconds = seconds_before + now - started
+            tell({"train_loss": train_loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_second": speed,
+                  **({"experts": experts} if experts else {})})
 
-    if profiler is not None:
+    if profiler:
         profiler.stop()
         Path(place.out_dir).mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace := Path(place.out_dir) / f"trace_{ranks.rank}.json"))
@@ -1047,22 +998,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         typed = vars(build_parser().parse_args(argv))
         place = Place(**fields_of(Place, typed))
-        ranks = init_distributed(device_type_of(place.device), timeout_s=place.dist_timeout)
+        ranks = init_distributed(place.device.split(":")[0], timeout_s=place.dist_timeout)
         exit_code = train(typed, place, ranks, print if ranks.rank == 0 else lambda *args, **kwargs: None)
         end_distributed()
+        if exit_code:
+            raise SystemExit(exit_code)
     except KeyboardInterrupt:  # before the first step: nothing to save, and what is prepared so far is kept
         raise SystemExit(130) from None
     except Exception as error:
-        told = (UserError, OSError, RankFailure)  # sentences for the user; anything else shows where it broke
         print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
-        if not isinstance(error, told):
+        if not isinstance(error, UserError | OSError | RankFailure):  # no sentence for the user: shows where it broke
             raise
         raise SystemExit(2) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if exit_code:
-        raise SystemExit(exit_code)
 
 if __name__ == "__main__":
     main()
