@@ -64,8 +64,7 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
 
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
     """One token for each row of (B, V): the one on which a uniform number falls when the probabilities lie side by side
-    on a line. One random number a row, where torch.multinomial takes V: a twentieth of a decoding step at V = 10,000,
-    a fifth with 16 rows."""
+    on a line. One random number a row, where torch.multinomial takes V: at V = 10,000 a fifth of a step of 16 rows."""
     ends = probabilities.double().cumsum(dim=-1)  # (B, V)
     uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])  # (B, 1)
     return torch.searchsorted(ends, uniform * ends[:, -1:], right=True)[:, 0].tolist()  # B ids
