@@ -565,7 +565,7 @@ class TransformerLM(nn.Module):
         self.moe = [(i, self.layers[i].ffn) for i in config.moe_layers]
         # A post-norm block ends in a norm already.
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
-        # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16 and a first loss
+        # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, a first loss
         # of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
         std = 1 / (4 * math.sqrt(config.d_model))
         if config.tie_embeddings:
