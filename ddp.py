@@ -49,8 +49,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# --- 1. Ranks: starting, waiting, stopping ---
 
+# --- 1. Ranks: starting, waiting, stopping ---
 class Ranks(NamedTuple):
     """This process's number among all, its number on this machine (which is its GPU's), and how many there are."""
 
@@ -166,7 +166,6 @@ def end_distributed() -> None:
         dist.destroy_process_group()
 
 # --- 2. When a rank fails ---
-
 class RankFailure(RuntimeError):
     """This rank is in order, another one is not; the message says which, and why."""
 
@@ -285,7 +284,6 @@ def token_loss_scale(num_tokens: int) -> float:
 
 def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> float:
     """What the best algorithms send (Patarasuk & Yuan 2009), averaged over the ranks, for a tensor of num_bytes.
-
     >>> bytes_sent_per_rank("all_reduce", 1000, 4)
     1500.0
     """
@@ -308,7 +306,6 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
     return (count() - before) / get_world_size()
 
 # --- 4. The same model on every rank ---
-
 def check_same_model(module: nn.Module) -> None:
     """Raise ValueError on every rank, naming the first difference, unless all ranks hold the same list of tensors.
     gloo would abort when sizes differ, and give garbage without a word on (2, 3) against (3, 2) or float32 against
@@ -331,7 +328,6 @@ def broadcast_model(module: nn.Module) -> None:
         work.wait()
 
 # --- 5. Naive: one message per gradient, after the backward pass ---
-
 class DDPNaive(nn.Module):
     """The definition: after the backward pass, replace the gradients by their averages over the ranks, one by one.
 
@@ -390,7 +386,6 @@ class DDPNaive(nn.Module):
         return torch.tensor(used, dtype=parameters[0].dtype, device=parameters[0].device)
 
 # --- 6. Flat: one message ---
-
 class DDPFlat(DDPNaive):
     """All gradients in one long vector (one for each dtype) and one all-reduce: saves the fixed cost of messages.
     It takes a second copy of the gradients, and still nothing is sent before the backward pass is over."""
@@ -407,10 +402,8 @@ class DDPFlat(DDPNaive):
                     parameter.grad = average.view(parameter.shape)
 
 # --- 7. Individual: during the backward pass ---
-
 class DDPIndividual(DDPNaive):
     """Each gradient leaves as soon as it is ready, while the backward pass computes the next: hides the network.
-
     subtle: all ranks must send in the same order, or one rank's gradient of a weight is added to another's of a
     different weight. Ranks may take different branches, so message n leaves only after messages 0 ... n-1, and
     finish_gradient_synchronization() sends what never became ready, as zeros.
@@ -485,7 +478,6 @@ class DDPIndividual(DDPNaive):
         self._start_step()
 
 # --- 8. Bucketed: few messages, during the backward pass ---
-
 def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[list[nn.Parameter]]:
     """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each. A
     parameter larger than that is a bucket of its own. The first bucket is small: the network gets work to do early."""
@@ -512,7 +504,6 @@ class DDPBucketed(DDPIndividual):
         super().__init__(module, ordered=ordered, plan=lambda trainable: plan_buckets(trainable, bucket_size_mb))
 
 # --- 9. One switch for all of them ---
-
 MODES = ("naive", "flat", "individual", "bucketed", "torch")
 
 def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered: bool = False,
@@ -555,7 +546,6 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
 
 def zigzag_order(n: int) -> list[int]:
     """The chunks of rank 0, of rank 1, ...
-
     >>> zigzag_order(4)
     [0, 7, 1, 6, 2, 5, 3, 4]
     """
@@ -645,7 +635,6 @@ class _GatherSequence(torch.autograd.Function):
         return parts[context.index].to(ctx.dtype), None
 
 # --- 11. Running it: two processes against one ---
-
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run function(ranks, *args) in world_size new processes on this machine, and return their results in rank order.
     The function must be importable by name; results are tensors, numbers, strings, and lists and dicts of these. When a

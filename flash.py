@@ -47,11 +47,9 @@ DENSE_MASK_LIMIT = 2**30  # bytes, one for each query and key: above this, "auto
 LOG2_E = 1.4426950408889634  # exp(x) = 2^(x * log2(e)), see the kernels
 
 # --- 1. The rule: who sees whom ---
-
 def visible(q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = None, k_ids: Tensor | None = None, *,
             causal: bool = True, window: int | None = None) -> Tensor:
     """The only mask rule of this file: (..., T) and (..., S) to a bool (..., T, S), True where the query sees the key.
-
     A query sees a key of its own segment (ids are compared as they are, -1 is padding and sees nothing), at its own
     position or before it if `causal`, and fewer than `window` positions back, itself included.
 
@@ -159,7 +157,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> int:
 def segment_ids_from_tokens(tokens: Tensor, end_of_text_id: int) -> Tensor:
     """Number the documents of (..., T) tokens from 0, as int32; an end-of-text token belongs to the document it ends.
     Number a whole sequence before any slicing: slices numbered apart would mix documents that only share a number.
-
     >>> segment_ids_from_tokens(torch.tensor([5, 6, 0, 7, 0, 8]), 0).tolist()
     [0, 0, 0, 1, 1, 2]
     """
@@ -168,7 +165,6 @@ def segment_ids_from_tokens(tokens: Tensor, end_of_text_id: int) -> Tensor:
 
 def positions_in_segments(segment_ids: Tensor) -> Tensor:
     """Positions that restart at 0 in each run of equal ids of (..., T), as int64: what rotary embeddings are given.
-
     >>> positions_in_segments(torch.tensor([0, 0, 0, 1, 1, 2])).tolist()
     [0, 1, 2, 0, 1, 0]
     """
@@ -178,7 +174,6 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(-1).values
 
 # --- 2. The same, tile by tile ---
-
 def empty_results(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Room for out (B, H, T, Dv), stored as (B, T, H, Dv) so that joining heads is free, and for L (B, H, T)."""
     (B, H, T, _), at_least_32_bits = q.shape, torch.promote_types(q.dtype, torch.float32)
@@ -241,11 +236,9 @@ def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad
     return tuple(room.copy_(x) for room, x in zip(grads, (dq.flatten(1, 2), dk[:, :, 0], dv[:, :, 0])))
 
 # --- 3. Which tiles can be skipped ---
-
 def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int, *, by_key: bool = False,
                 device: torch.device | str = "cpu") -> Tensor:
     """Where each row of tiles of the (T, S) matrix begins and ends: int32 (B or 1, tiles, 4), from tile extremes only.
-
     One row is a tile of queries that walks over tiles of keys, or with `by_key` one of keys over those of queries. It
     holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped, those from
     full_low to full_high - 1 are seen by everybody and need no mask, the others are computed with it.
@@ -633,7 +626,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
                     kv_positions: Tensor | None = None, window: int | None = None, scale: float | None = None,
                     params: dict[str, Launch] | None = None, backend: str = "auto") -> Tensor:
     """Attention of q (B, H, T, D) on k (B, G, S, D) and v (B, G, S, Dv): (B, H, T, Dv), by the rule of `visible`.
-
     G divides H: query heads g * H/G to (g + 1) * H/G - 1 share key head g. Integer tensors are (B, T) or (T,) for
     queries and (B, S) or (S,) for keys. Without positions, queries and keys both count from 0; a decoding step passes
     the position of its query. What is given for queries alone holds for the keys too where T == S. Segment ids fit in
@@ -663,7 +655,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
     raise ValueError(f"backend is {backend!r}, but must be one of auto, triton, tiles, sdpa, reference.")
 
 # --- 7. Seeing it ---
-
 def with_gradients(tensors: list[Tensor], mask_args: dict, backend: str) -> list[Tensor]:
     """Output, dQ, dK and dV for q, k, v and the gradient of the output."""
     *inputs, grad_out = (x.detach().requires_grad_() for x in tensors)

@@ -41,7 +41,6 @@ from torch.utils.checkpoint import checkpoint
 PADDING_SEGMENT_ID = -1  # the segment id of a place that holds no token: it attends to nothing and nothing to it
 
 # --- 1. Configuration and presets ---
-
 def option(default, help: str, choices: tuple[str, ...] | None = None, **more):
     """A field of a configuration that is a flag as well: default, help and choices stand together, once."""
     return field(default=default, metadata={"help": help, "choices": choices, **more})
@@ -141,10 +140,8 @@ PRESETS: dict[str, dict] = {
 }
 
 # --- 2. The functions: softmax, silu, attention by its definition ---
-
 def softmax(x: Tensor, dim: int) -> Tensor:
     """exp(x) / sum(exp(x)) along `dim`.
-
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
@@ -159,7 +156,6 @@ def silu(x: Tensor) -> Tensor:
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1): every query takes a weighted mean of v.
-
     q (..., T, D), k (..., S, D), v (..., S, Dv), mask broadcastable to (..., T, S), True where a query may look.
     Returns (..., T, Dv). A query that may look nowhere gets zeros.
 
@@ -177,17 +173,14 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return weights.masked_fill(~mask, 0.0) @ v  # (..., T, Dv)
 
 # --- 3. The layers: linear, embedding, norm, feed-forward, rotary ---
-
 def truncated_normal(*size: int, std: float) -> nn.Parameter:
     """A parameter drawn from a normal distribution cut at three standard deviations: no weight starts as an outlier."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=std, a=-3 * std, b=3 * std))
 
 class Linear(nn.Module):
     """y = x W^T with W (out_features, in_features), no bias.
-
     The variance 2 / (in + out) is Glorot's: between 1/in, which preserves the scale of activations on the way
-    forward, and 1/out, which preserves that of gradients on the way back.
-    """
+    forward, and 1/out, which preserves that of gradients on the way back."""
 
     def __init__(self, in_features: int, out_features: int, *, std: float | None = None) -> None:
         super().__init__()
@@ -257,7 +250,6 @@ class FeedForward(nn.Module):
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
-
     The dot product of two turned vectors depends only on the difference of their positions: "three tokens ago". Pairs
     are neighbours; Hugging Face's Llama pairs i with i + d_k/2, the same model with rows of q_proj and k_proj permuted.
 
@@ -294,12 +286,9 @@ class RotaryPositionalEmbedding(nn.Module):
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
 
 # --- 4. A mixture of experts ---
-
 def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """The definition: every expert's SwiGLU of the tokens that chose it, times their gates, added up.
-
-    x (N, C), chosen and gates (N, K), w1 and w3 (E, F, C), w2 (E, C, F). Returns (N, C).
-    """
+    x (N, C), chosen and gates (N, K), w1 and w3 (E, F, C), w2 (E, C, F). Returns (N, C)."""
     out = torch.zeros_like(x)  # (N, C)
     for expert in range(len(w1)):
         token, place = (chosen == expert).nonzero(as_tuple=True)  # the tokens that took it, and as which choice
@@ -309,9 +298,7 @@ def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, C) in E groups of rows, the e-th ending before row ends[e], times weight (E, F, C)^T: (M, F).
-
-    One kernel for all groups where torch has it; in half precision on a GPU, it never waits for Python.
-    """
+    One kernel for all groups where torch has it; in half precision on a GPU, it never waits for Python."""
     if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -340,8 +327,7 @@ class MixtureOfExperts(nn.Module):
 
     Left alone the router feeds those that learn first. Kept in balance by a loss, E sum_e (share of the choices on e,
     without gradient) (mean p_e), which is 1 when all are equal ("Switch Transformers", equation 4); or without one, by
-    a bias on p that decides the choice but not the gate and steps up where fewer tokens came (Wang et al. 2024).
-    """
+    a bias on p that decides the choice but not the gate and steps up where fewer tokens came (Wang et al. 2024)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -375,11 +361,9 @@ class MixtureOfExperts(nn.Module):
         return y if self.shared is None else y + self.shared(x)
 
 # --- 5. The mask rule, and attention faster ---
-
 def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None) -> Tensor:
     """Which query may look at which key: not at a later position, not into another document, never at padding.
-
     positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
     Returns (1 or B, 1, T, S), the second 1 standing for the heads; True where the query may look.
 
@@ -399,12 +383,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
     """The attention that all layers of one forward pass share; `is_causal` promises that the mask is the triangle.
-
     naive   the definition of section 2 under the mask above: writes the (B, H, T, S) scores to memory, several times
     sdpa    torch's fused kernels: the same numbers without storing scores, and without a mask if `is_causal`
     flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less (needs Triton for that)
-    auto    flash on CUDA, else sdpa
-    """
+    auto    flash on CUDA, else sdpa"""
     if kind == "auto":
         kind = "flash" if positions.is_cuda else "sdpa"
     if kind == "flash":
@@ -441,15 +423,12 @@ def document_places(token_ids: Tensor, end_of_text_id: int) -> dict[str, Tensor]
     return {"positions": positions_in_segments(segment_ids), "segment_ids": segment_ids}
 
 # --- 6. The cache for decoding ---
-
 class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all: under
     the causal mask nothing that a token computed changes later, and of it later tokens need only its keys and values.
-
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
-    so that every row is what it would be alone. No gradient passes through what is cached.
-    """
+    so that every row is what it would be alone. No gradient passes through what is cached."""
 
     def __init__(self, config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, dtype:
                  torch.dtype | None = None) -> None:
@@ -492,13 +471,10 @@ class KVCache:
         return attention(q, keys, values)  # (B, H, T, D)
 
 # --- 7. Self-attention, block, language model ---
-
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
-
     With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: so much smaller is the
-    cache for decoding, and hardly worse the quality.
-    """
+    cache for decoding, and hardly worse the quality."""
 
     def __init__(self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None, rope: RotaryPositionalEmbedding
                  | None = None, qk_norm: bool = False) -> None:
@@ -548,10 +524,8 @@ class TransformerBlock(nn.Module):
 
 class TransformerLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1.
-
     `attention` replaces the local attention, for example by one that spreads a sequence over several processes. It is
-    called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads.
-    """
+    called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads."""
 
     def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
@@ -586,10 +560,8 @@ class TransformerLM(nn.Module):
     def forward_hidden(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None,
                        cache: KVCache | None = None) -> Tensor:
         """What lm_head reads, (B, T, C): a loss may then make the logits, V / C times larger, a piece at a time.
-
         positions (T,) or (B, T), all below context_length: place of each token in its text, by default 0 .. T-1, or
-        what follows in the cache. segment_ids (T,) or (B, T): a token sees its own segment only, padding nothing.
-        """
+        what follows in the cache. segment_ids (T,) or (B, T): a token sees its own segment only, padding nothing."""
         num_rows, num_tokens = token_ids.shape
         if num_tokens > self.config.context_length:
             raise ValueError(f"{num_tokens} tokens do not fit into the context length {self.config.context_length}")
@@ -664,10 +636,8 @@ class TransformerLM(nn.Module):
         experts[layer].switched_off = expert
 
 # --- 8. What it costs: parameters, FLOPs, memory ---
-
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Number of parameters by part; the sum of the values is the model's.
-
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
@@ -690,7 +660,6 @@ def active_parameters(config: ModelConfig) -> dict[str, int]:
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
-
     A product of (m, n) and (n, p) takes m n p multiplications and as many additions; the backward pass makes two more
     for the gradients of its factors, hence 3. All else is left out; scores that the mask hides count as computed.
 
@@ -708,10 +677,8 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
 
 def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None) -> dict[str, int]:
     """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
-
     Activations are what autograd keeps from the forward for the backward pass. Left out are dropout's masks,
-    temporary buffers, and that autocast keeps some of it in half precision.
-    """
+    temporary buffers, and that autocast keeps some of it in half precision."""
     context_length, layers = context_length or config.context_length, config.num_layers
     c, f, kv_width = config.d_model, config.d_ff, config.num_kv_heads * config.head_dim
     tokens, parameters = batch_size * context_length, sum(count_parameters(config).values())
@@ -744,7 +711,6 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
 def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) -> dict[str, tuple[int | None, float]]:
     """For each --shard_opt: how many devices of this size a step of batch_size sequences on each takes (None: no number
     is enough), and the bytes on each.
-
     >>> {stage: n for stage, (n, _) in devices_needed(ModelConfig(**PRESETS["7b"]), 1, 80e9).items()}
     {'none': None, 'zero1': None, 'zero2': 56, 'fsdp': 4}
     """
@@ -757,7 +723,6 @@ def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) ->
     return needed
 
 # --- 9. Command line ---
-
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
     accounts = {

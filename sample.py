@@ -30,13 +30,12 @@ from torch import Tensor
 from bpe import END_OF_TEXT, Tokenizer, UserError
 from model import PADDING_SEGMENT_ID, KVCache, ModelConfig, TransformerLM, softmax
 
-# --- 1. From logits to a token ---
 
+# --- 1. From logits to a token ---
 def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None
                              = None) -> Tensor:
     """softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set of them whose
     probabilities reach top_p (nucleus sampling, Holtzman et al. 2020), renormalized: (..., V) -> (..., V) float32.
-
     temperature < 1 sharpens; the limit 0 puts all probability on the greatest logit.
 
     >>> p = torch.tensor([0.5, 0.25, 0.15, 0.1])
@@ -70,7 +69,6 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
     return torch.searchsorted(ends, uniform * ends[:, -1:], right=True)[:, 0].tolist()  # B ids
 
 # --- 2. The loop ---
-
 def positions_of(segment_ids: Tensor) -> Tensor:
     """Positions that start at 0 with each run of equal segment ids, as in training: (B, T) -> (B, T)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
@@ -82,7 +80,6 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
              int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0, use_cache: bool =
              True, timings: dict | None = None) -> Iterator[list[int | None]]:
     """Continue several prompts (each at least one token) side by side; yields, per step, one new token for each row.
-
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
     Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
     row has filled the window. `timings` receives tokens and seconds of prefill and decode.
@@ -91,8 +88,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     before itself and counts from position 0.
 
     The model sees the last tokens that fit its context. A full window keeps its last half, reads it again and grows
-    anew, with a cache as without: sliding by one token would change every position and make the cache worthless.
-    """
+    anew, with a cache as without: sliding by one token would change every position and make the cache worthless."""
     capacity, vocab_size, parameter = model.config.context_length, model.config.vocab_size, next(model.parameters())
     if not all(prompts) or any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise ValueError(f"a prompt is empty or holds an id outside 0 .. {vocab_size - 1}: encode it for this model")
@@ -137,7 +133,6 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         segment_ids = torch.cat([segment_ids, next_segment], dim=1)  # (B, T + 1)
 
 # --- 3. Text as it comes ---
-
 class TextStream:
     """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
     wait for the next token. What never becomes a character is shown as U+FFFD."""
@@ -167,7 +162,6 @@ def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int],
         print(f"\n--- {row + 1} ---\n{texts[row]}{streams[row].finish()}")
 
 # --- 4. What a token costs ---
-
 def seconds_to_read(num_bytes: int, device: torch.device) -> float:
     """Time that the memory takes to hand over a buffer of this size: the best of a few sums over it."""
     buffer, seconds = torch.ones(num_bytes // 4, device=device), []
@@ -193,7 +187,6 @@ def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bo
     return "; ".join(parts)
 
 # --- 5. Command line ---
-
 def newest_run(out_dir: Path) -> Path:
     """The run whose checkpoint was written last."""
     checkpoints = list(out_dir.glob("*/checkpoint_*.pt"))

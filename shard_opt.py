@@ -35,10 +35,8 @@ from ddp import DDPNaive, Ranks, all_reduce_sum, get_rank, get_world_size, measu
 from ddp import run_ranks, start_all_gather, start_reduce_scatter, wrap  # isort: skip
 
 # --- 1. Where the bytes go ---
-
 def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, float]]:
     """Bytes per rank, stage by stage, of float32 training with AdamW: 16 a parameter before anything is sharded.
-
     >>> [sum(parts.values()) for parts in memory_table(1000, 4).values()]
     [16000.0, 10000.0, 7000.0, 4000.0]
     """
@@ -61,7 +59,6 @@ def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return {"parameters": count(parameters), "gradients": count(p.grad for p in parameters), "state": state}
 
 # --- 2. Who owns what ---
-
 Owners = list[tuple[int, int]]  # of a parameter: for each rank its rows [first, end)
 
 def rows_of(whole: Tensor, owners: Owners, rank: int | None = None) -> Tensor:
@@ -74,7 +71,6 @@ def first_owner(owners: Owners) -> int:
 
 def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     """Lay the tensors end to end and cut between rows, so that all ranks own equally many numbers.
-
     `load` is what each rank owns already, and is brought up to date: who has more of that gets less of this.
 
     >>> cut_rows([torch.Size([3, 4]), torch.Size([5, 4])], [0, 0])
@@ -132,14 +128,11 @@ def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: lis
     return {p for group in undivided for p in group["params"]}
 
 # --- 3. Exchanging rows ---
-
 class Unit:
     """Parameters p whose rows are exchanged together; p.shard, a parameter too, is the rows that this rank owns.
-
     They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it: W
     messages for all of them, and no copies, as the whole parameters are views into the buffer. (There is one for each
-    kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed.
-    """
+    kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed."""
 
     @torch.no_grad()
     def __init__(self, parameters: list[nn.Parameter], load: list[int], whole: set[nn.Parameter],
@@ -185,10 +178,8 @@ class Unit:
 
     def free(self) -> None:
         """Give the whole parameters' memory back; if they are kept, only note that they will be out of date.
-
         subtle: autograd keeps views of the weights from forward to backward, so that dropping the tensors would free
-        nothing. The storage underneath them is emptied instead, and filled again before the backward pass looks.
-        """
+        nothing. The storage underneath them is emptied instead, and filled again before the backward pass looks."""
         while self.arriving:
             self.arriving.pop()()
         self.arriving = None
@@ -245,10 +236,8 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
-
     What has the parameter's shape is put together, one tensor at a time, so that no device needs room for all. Of the
-    rest, such as a step count, the first owner's is taken: the ranks exchange notes of what they have.
-    """
+    rest, such as a step count, the first owner's is taken: the ranks exchange notes of what they have."""
     held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
     notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
              for p, state in held]  # fmt: skip
@@ -275,15 +264,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]
     optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
 
 # --- 4. ZeRO-1: each rank steps its own rows ---
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode:
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
 
     Inside is an ordinary optimizer, `local`, over this rank's rows. Its step changes these, in the parameters' buffer,
-    and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank.
-    """
+    and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank."""
 
     def __init__(self, params: Iterable, optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any) -> None:
         self.make, self.load = partial(optimizer_cls, **kwargs), [0] * get_world_size()
@@ -332,7 +319,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         load_optimizer_state(self.local, state_dict)
 
 # --- 5. ZeRO-2 and FSDP: gradients, parameters ---
-
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """The modules directly below this one; in place of a list or sequence those in it."""
     for child in module.children():
@@ -354,8 +340,7 @@ class FSDP(DDPNaive):
 
     compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
     whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync()
-    says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same.
-    """
+    says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same."""
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
                  whole: Iterable[nn.Parameter] = ()) -> None:  # fmt: skip
@@ -455,7 +440,6 @@ class FSDP(DDPNaive):
         return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
 
 # --- 6. One switch, clipping, checkpoints ---
-
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
 
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
@@ -530,7 +514,6 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
     load_optimizer_state(optimizer, optimizer_state)
 
 # --- 7. Two processes against one ---
-
 def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     """Three steps on batches of num_slices slices: what this rank held and sent in a step, and what came out."""
     warnings.simplefilter("ignore")
