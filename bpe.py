@@ -22,10 +22,10 @@ The first prints each merge as it is made, and in the end how a line of Python i
     14 tokens: f|or|Ġline|Ġin|Ġsys|.|st|d|in|:|Ġprint|(|line|)
 
 Contents
-    1. Pre-tokens: where a text may be cut     5. Long texts: chunks, workers, files   9. A built-in corpus: stories
-    2. Training: the definition                6. Training on a file                   10. A built-in corpus: arithmetic
-    3. Training: the same, faster              7. The tokenizer                        11. Corpora, to token arrays
-    4. Training: fastest, in arrays            8. From text to token arrays            12. The command line
+    1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
+    2. Training: the definition                6. The tokenizer                 10. Corpora, to token arrays
+    3. Training: the same, faster              7. From text to token arrays     11. The command line
+    4. Long texts: chunks, workers, files      8. A built-in corpus: stories
 """
 
 import argparse
@@ -74,109 +74,45 @@ class UserError(ValueError):
 
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# A border is a place where a pre-token begins, whatever stands further left or right: the parts can be treated alone.
-# Two characters prove it, except after white space and between an apostrophe and a letter (perhaps a contraction).
+# The pattern takes most of the time. So a text is first cut more coarsely by Python's own, faster `re`, and a piece
+# that comes again is not cut again. White space after anything else always begins a pre-token: a piece is white space
+# and what follows. subtle: re's \s has \x1c to \x1f, which are no white space to `regex`; hence the list.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
+
+# A border is a place where a pre-token begins, whatever stands further left or right: long texts are cut there and the
+# parts treated alone. Two characters prove it, except after white space (which may join what follows) and between an
+# apostrophe and a letter (which may be a contraction).
 BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
-LAST_BORDER = regex.compile("(?r)" + BORDER)  # (?r) searches from the end
-BLOCK_BYTES = 1 << 20  # what NumPy cuts at a time: most of it stays in the cache
+FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
 
 def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing.
-
     >>> special_pattern(["<|a|>", "<|a|><|b|>"]).split("x<|a|><|b|>y")
     ['x', '<|a|><|b|>', 'y']
     """
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
-    return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or chr(92) + 'A(?!)'})")  # \A(?!): nowhere
-
-# The pattern takes most of the time. So NumPy cuts a text at borders that it sees, into pieces of mostly one pre-token,
-# and only the distinct ones are shown to the pattern: in English text one of twenty.
-
-def border_flags(text: np.ndarray) -> np.ndarray:
-    """Whether each byte of a UTF-8 text begins a pre-token; False where the bytes beside it do not tell.
-
-    Special tokens are written 255 254 254 ... here. Besides BORDER: the last white space before something else begins
-    a pre-token, for the rest of its run is one of its own, and nothing joins white space before it but a space.
-    """
-    letter, digit, unknown = (text | 32) - np.uint8(97) < 26, text - np.uint8(48) < 10, text > 127
-    space = (text == 32) | (text - np.uint8(9) < 5)  # subtle: str.isspace has \x1c to \x1f too, the pattern has not
-    sign = ~(letter | digit | unknown | space | (text == 39))
-    maybe_space = space | (text == 0xC2) | (text - np.uint8(0xE1) < 3) | (text > 253)  # others begin with these bytes
-    flags = np.append(True, space[1:] & ~((space | unknown)[:-1] & np.append(maybe_space[2:], True)))
-    flags[1:] |= letter[:-1] & ~(letter | unknown)[1:] | digit[:-1] & ~(digit | unknown)[1:]
-    flags[1:] |= sign[:-1] & (letter | digit)[1:] | (space & (text != 32))[:-1] & ~maybe_space[1:]
-    flags[1:] |= (text[:-1] > 253) & (text[1:] < 254)
-    return flags | (text == 255)
-
-def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Block by block: the distinct pieces of a UTF-8 text, and for each place in turn which one of them stands there.
-
-    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; longer ones are
-    numbered by a dict. Sorting brings equal ones together, cheaper than a look into a dict for each.
-    """
-    pattern, mark = special_pattern(special_tokens), lambda size: b"\xff" + b"\xfe" * (size - 1)
-    if len(special_tokens) == 1:  # six times faster than the pattern
-        marks = text.replace(special_tokens[0].encode("utf-8"), mark(len(special_tokens[0].encode("utf-8"))))
-    else:
-        marks = regex.sub(pattern.pattern.encode("utf-8"), lambda match: mark(len(match[0])), text)
-    outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # no UTF-8 text has the byte 255
-    begin, size = 0, BLOCK_BYTES
-    while begin < len(text):
-        borders = np.flatnonzero(border_flags(np.frombuffer(marks[begin : begin + size] + b"\xff", np.uint8)))
-        if begin + size < len(text):
-            borders = borders[:-1]  # what comes last may go on
-            if len(borders) < 2:
-                size *= 2
-                continue
-        start, length, block = borders[:-1], np.diff(borders), text[begin : begin + borders[-1]]
-        begin, size = begin + len(block), BLOCK_BYTES
-        words = np.ndarray((len(block) + 8,), "<u8", block + b"\xff" * 16, strides=(1,))  # the 8 bytes from each place
-        head = words[start] | outside[np.minimum(length, 8)]
-        tail = words[start + 8] | outside[np.clip(length - 8, 0, 8)]
-        numbers: dict[bytes, int] = {}
-        for place in np.flatnonzero(length > 16).tolist():
-            piece = block[start[place] : start[place] + length[place]]
-            head[place], tail[place] = numbers.setdefault(piece, len(numbers)), (1 << 64) - 2  # which is no text
-        bits = len(start).bit_length()
-        order = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits  # a hash of the piece
-        order |= np.arange(len(start), dtype=np.uint64)  # and the place
-        order.sort()
-        order = (order & ((1 << bits) - 1)).astype(np.int64)
-        first = np.append(True, (np.diff(head[order]) != 0) | (np.diff(tail[order]) != 0))
-        which = np.empty(len(start), np.int64)
-        which[order] = np.cumsum(first) - 1
-        start, end = start[order[first]], (start + length)[order[first]]
-        yield [block[a:b] for a, b in zip(start.tolist(), end.tolist())], which
-
-def pretokens_of(piece: bytes) -> list[bytes]:
-    if piece.isalnum() or piece[1:].isalnum() and piece[0] == 32:  # of bytes, isalnum knows ASCII only: cut already
-        return [piece]
-    return [pretoken.encode("utf-8") for pretoken in PRETOKEN.findall(piece.decode("utf-8"))]
+    return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
 
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
     """How often each pre-token occurs. Special tokens cut the text and are not counted.
-
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
-    {'low': 1, ' low': 2, ' lower': 1}
+    {'low': 1, ' lower': 1, ' low': 2}
     """
-    pieces, counts = Counter(), Counter()
-    for distinct, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
-        for piece, count in zip(distinct, np.bincount(which).tolist()):
-            pieces[piece] += count
-    for special in special_tokens:
-        pieces.pop(special.encode("utf-8"), None)
+    pieces: Counter[str] = Counter()
+    for part in special_pattern(special_tokens).split(text)[::2]:  # every second part is a special token
+        pieces.update(PIECE.findall(part))
+    counts: defaultdict[str, int] = defaultdict(int)
     for piece, count in pieces.items():
-        for pretoken in pretokens_of(piece):
+        for pretoken in PRETOKEN.findall(piece):
             counts[pretoken] += count
-    return {pretoken.decode("utf-8"): count for pretoken, count in counts.items()}
+    return dict(counts)
 
 # --- 2. Training: the definition ---
-
 def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
     """Replace every occurrence of `pair`, from left to right.
-
     >>> merge_pair([1, 2, 3, 1, 2], (1, 2), 4)
     [4, 3, 4]
     """
@@ -189,7 +125,6 @@ def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
 
 def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     """The definition: for each merge, count all pairs of all words. The rest of this file must agree with it.
-
     The counts begin with e s 9, s t 9, w e 8; the tie goes to the greater pair, s t. Then e st leads with 9.
     Fewer merges come back when no pair is left.
 
@@ -214,56 +149,11 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 
 # --- 3. Training: the same, faster ---
 #
-# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten: a
-# merge costs its own occurrences and a look at all counts instead of the whole text.
-
-def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
-    """The merges of train_naive at the cost of the changes."""
-    words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in word_counts]
-    counts, merges = list(word_counts.values()), []
-    pair_counts: Counter[Pair] = Counter()
-    words_with: defaultdict[Pair, set[int]] = defaultdict(set)  # may name words that hold it no more
-
-    def count(index: int, sign: int) -> None:
-        for pair in zip(words[index], words[index][1:]):
-            pair_counts[pair] += sign * counts[index]
-            words_with[pair].add(index)
-
-    for index in range(len(words)):
-        count(index, +1)
-    while len(merges) < num_merges and any(pair_counts.values()):
-        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
-        merges.append(best)
-        for index in words_with.pop(best):
-            count(index, -1)
-            words[index] = merge_pair(words[index], best, best[0] + best[1])
-            count(index, +1)
-        del pair_counts[best]
-    return merges
-
-# --- 4. Training: fastest, in arrays ---
-#
-# All distinct words stand in one array with borders between them. For "low lower lowest", three, two and one times:
-#
-#     place    0 1 2 3  4 5 6 7 8 9  10 ...
-#     token    l o w |  l o w e r |  l o w e s t |     | is the byte 255, which no UTF-8 text contains
-#     pair_at  3 4 0 0  3 4 6 1 0 0  3 4 6 2 5 0 0     number of the pair that begins here; 0: none
-#     weight   3 3 3 3  2 2 2 2 2 2  1 1 1 1 1 1 1     how often the word occurs
-#
-# Pair 4 is "o w": counts[4] is 6, the sum of its weights, and places[first[4] : first[5]] are 1, 5, 11, where it was
-# seen when it got its number. As many has "l o", but "o w" is greater. The merged token is written at its places, the
-# places behind them go out of use, and before and after link those that still stand:
-#
-#     token    l ow . |  l ow . e r |  l ow . e s t |
-#     pair_at  8 0  0 0  8 7  0 1 0 0  8 7  0 2 5 0 0  7 and 8 are new: "ow e" and "l ow"
-#
-# So a merge is a handful of operations on its own places. Nothing is looked up: pair_at says which counts fall, and a
-# new pair always holds the new token, so that sorting brings its places together. Hence no count ever rises, and only
-# the pairs above a threshold need to stand in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
+# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
+# and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
 
 def heap_order(token: bytes) -> str:
     """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
-
     Bytes are complemented; a last character above all bytes puts "ab" behind "abc".
 
     >>> sorted([b"a", b"ab", b"abc", b"b"], key=heap_order)
@@ -271,111 +161,83 @@ def heap_order(token: bytes) -> str:
     """
     return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
 
-def every_second(begins: np.ndarray) -> np.ndarray:
-    """Marks the first, third, fifth, ... of each run; `begins` says where runs begin."""
-    index = np.arange(len(begins))
-    return (index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0
+def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
+               on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
+    """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
+    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer."""
+    merges = list(known_merges)[:num_merges]
+    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    ranks = merge_ranks(merges, {token: token_id for token_id, token in enumerate(tokens)})
+    words = [apply_merges(list(word.encode("utf-8")), ranks) for word in word_counts]
+    counts, order = list(word_counts.values()), [heap_order(token) for token in tokens]
 
-def train_vectorized(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
-                     on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
-    """The merges of train_naive. on_merge hears of each new one and its count.
+    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
+    words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # may name words that hold it no more
+    for index, symbols in enumerate(words):
+        for pair in zip(symbols, symbols[1:]):
+            pair_counts[pair] += counts[index]
+            words_with[pair].append(index)
+    heap = [(-count, order[left], order[right], left, right) for (left, right), count in pair_counts.items()]
+    heapq.heapify(heap)
 
-    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer.
-    """
-    text = ("\udcff".join(word_counts) + "\udcff").encode("utf-8", "surrogateescape")  # \udcff becomes the byte 255
-    token, size = np.frombuffer(text, np.uint8).astype(np.int32), len(text)
-    lengths = np.diff(np.flatnonzero(token == 255), prepend=-1)
-    weight = np.repeat(np.array([*word_counts.values()] or [0]), lengths)
-    # subtle: before place 0 comes -1, to NumPy the last place, which is a border as it should be
-    before, after = np.arange(-1, size - 1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
-    # A merge brings at most two new pairs for each place it takes. Memory that is never written costs nothing.
-    pair_at, places, most = np.zeros(size, np.int32), np.empty(3 * size, np.int32), 65_537 + 2 * size
-    counts, first = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
-    left, right, num_pairs = np.zeros(most, np.int32), np.zeros(most, np.int32), 1
-    tokens, merges = [bytes([byte]) for byte in range(256)], []
-    ids, order = {token: place for place, token in enumerate(tokens)}, [heap_order(token) for token in tokens]
-    born = [1] * 256 + [0]  # token -> number of the first pair that came with it
-    heap, threshold = [], 1 << 62
-
-    def add_pairs(keys: np.ndarray, at: np.ndarray) -> tuple[slice, np.ndarray]:
-        """Number the pairs at these places, one for each different key. Returns the numbers and their keys."""
-        codes = keys.astype(np.int64) << 32 | at
-        codes.sort()  # by key, then by place
-        at, keys = codes.astype(np.int32), codes >> 32
-        begins = np.ones(len(keys), bool)
-        begins[1:] = keys[1:] != keys[:-1]
-        heads, end = np.flatnonzero(begins), first[num_pairs]
-        new = slice(num_pairs, num_pairs + len(heads))
-        if len(heads):
-            counts[new], pair_at[at] = np.add.reduceat(weight[at], heads), np.cumsum(begins) + (num_pairs - 1)
-            first[new], first[new.stop], places[end : end + len(at)] = end + heads, end + len(at), at
-        return new, keys[heads]
-
-    def push(pairs: np.ndarray) -> None:
-        for count, a, b, pair in zip(*(array[pairs].tolist() for array in (counts, left, right)), pairs.tolist()):
-            heapq.heappush(heap, (-count, order[a], order[b], pair))
-
-    def most_frequent() -> int:
-        nonlocal threshold
-        while heap or (greatest := counts[:num_pairs].max()) > 0:
-            if not heap:
-                threshold = max(1, greatest * 3 // 4)
-                push(np.flatnonzero(counts[:num_pairs] >= threshold))
-            count, _, _, pair = heap[0]
-            if counts[pair] == -count:
-                return pair
-            heapq.heappop(heap)
-            if counts[pair] >= threshold:
-                push(np.array([pair]))
-        return 0  # no pair is left
-
-    def known(pair: Pair) -> int:
-        """The number of a pair, one of those that came with the younger of its tokens; 0 if it is not in the text."""
-        a, b = (ids.get(token, -1) for token in pair)
-        start, end = born[max(a, b)], born[max(a, b, 255) + 1]
-        found = start + np.flatnonzero((left[start:end] == a) & (right[start:end] == b) & (counts[start:end] > 0))
-        return int(found[0]) if len(found) else 0
-
-    at = np.flatnonzero((token[:-1] != 255) & (token[1:] != 255))
-    new, keys = add_pairs(token[at] << 8 | token[at + 1], at)
-    left[new], right[new], num_pairs = keys >> 8, keys & 255, new.stop
-    born[256] = num_pairs
-    while len(merges) < num_merges:
-        given = len(merges) < len(known_merges) and known(known_merges[len(merges)])
-        if not (pair := given or most_frequent()):
-            break
-        a, b, merged = int(left[pair]), int(right[pair]), len(tokens)
-        merges.append((tokens[a], tokens[b]))
-        tokens.append(tokens[a] + tokens[b])
+    while heap and len(merges) < num_merges:
+        old_count, _, _, left, right = heapq.heappop(heap)
+        count = pair_counts[left, right]
+        if count != -old_count:  # it has changed since: a count that rose has a newer entry, one that fell gets it now
+            if 0 < count < -old_count:
+                heapq.heappush(heap, (-count, order[left], order[right], left, right))
+            continue
+        merged = len(tokens)
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
         order.append(heap_order(tokens[merged]))
-        ids[tokens[merged]] = merged
-        if not given:
-            on_merge(merges[-1], int(counts[pair]))
-        at = places[first[pair] : first[pair + 1]]
-        at = at[pair_at[at] == pair]  # some have been merged with their other neighbour since
-        if a == b:  # a a a holds two such pairs, of which the first is merged
-            at = at[every_second(np.append(True, after[at[:-1]] != at[1:]))]
-        gone = after[at]
-        beyond = after[gone]
-        np.subtract.at(counts, pair_at[gone], weight[at])
-        token[at], after[at], before[beyond] = merged, beyond, at
-        pair_at[gone] = pair_at[at] = counts[pair] = 0
-        ahead = before[at]
-        ahead = ahead[(token[ahead] != 255) & (token[ahead] != merged)]  # what is merged itself counts as beyond
-        np.subtract.at(counts, pair_at[ahead], weight[ahead])
-        at = at[token[beyond] != 255]
-        # the key tells the other token, and that the merged one is on the left if it is odd
-        keys = np.concatenate((token[ahead] * 2, token[after[at]] * 2 + 1))
-        new, keys = add_pairs(keys, np.concatenate((ahead, at)))
-        odd, keys = keys & 1 == 1, keys >> 1
-        left[new], right[new], num_pairs = np.where(odd, merged, keys), np.where(odd, keys, merged), new.stop
-        born.append(num_pairs)
-        if len(hot := np.flatnonzero(counts[new] >= threshold)):
-            push(new.start + hot)
+        on_merge(merges[-1], count)
+        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for index in words_with.pop((left, right)):
+            old, new = words[index], merge_pair(words[index], (left, right), merged)
+            if len(new) == len(old):
+                continue
+            words[index] = new
+            for pair in zip(old, old[1:]):
+                changes[pair] -= counts[index]
+            for pair in zip(new, new[1:]):
+                changes[pair] += counts[index]
+                if merged in pair:  # this word is on the lists of its other pairs already
+                    words_with[pair].append(index)
+        for pair, change in changes.items():
+            pair_counts[pair] += change
+            if change > 0:
+                heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
     return merges
 
-# --- 5. Long texts: chunks, workers, files ---
+Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
 
+def merge_ranks(merges: Sequence[Pair], token_ids: Mapping[bytes, int]) -> Ranks:
+    return {(token_ids[left], token_ids[right]): (rank, token_ids[left + right])
+            for rank, (left, right) in reversed([*enumerate(merges)])}  # a pair that comes again never acts
+
+def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
+    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
+    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
+    so n bytes cost n log n, even a run of 100,000 spaces."""
+    end = len(symbols)
+    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
+    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        _, left, pair = heapq.heappop(heap)
+        right = after[left]
+        if right == end or (symbols[left], symbols[right]) != pair:
+            continue  # one of the two has meanwhile been merged with its other neighbour
+        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
+        if after[left] < end:
+            before[after[left]] = left
+        for first, second in ((before[left], left), (left, after[left])):
+            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
+                heapq.heappush(heap, (ranks[pair][0], first, pair))
+    return [symbol for symbol in symbols if symbol >= 0]
+
+# --- 4. Long texts: chunks, workers, files ---
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 
 def text_size(path: PathLike) -> int:
@@ -401,28 +263,27 @@ def read_text(path: PathLike, start: int, end: int) -> str:
 
 def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> list[tuple[int, int]]:
     """(start, end) of parts of a file, about num_bytes long, that can be treated alone.
-
-    A part begins at a special token or, where none is near, at a border; never within a special token.
-    """
-    size, window, borders, target = text_size(path), 16_384, [0], num_bytes
-    specials = regex.compile(special_pattern(special_tokens).pattern.encode("utf-8"))
+    A part begins at a special token or, where none is near, at a border; never within a special token."""
+    size, window, specials = text_size(path), 16_384, special_pattern(special_tokens)
     margin = max((len(token.encode("utf-8")) for token in special_tokens), default=0) + 4
+    borders, target = [0], num_bytes
     with open(path, "rb") as file:
         while target < size:
-            first = target - min(target, margin)  # the margins hold any special token at an end of the window
+            # The margins hold the whole of any special token and any character that stands at an end of the window.
+            # Halves of characters further out survive decoding and encoding as lone surrogates.
+            first = max(0, target - margin)
             file.seek(first)
-            marks = np.frombuffer(text := file.read(target - first + window + margin), np.uint8).copy()
+            text = file.read(target - first + window + margin).decode("utf-8", errors="surrogateescape")
             spans = [match.span() for match in specials.finditer(text, overlapped=True)]
-            for start, end in spans:
-                marks[start + 1 : end] = 254
-            begins = [start for start, _ in spans if marks[start] != 254]
-            marks[begins] = 255
-            flags = border_flags(marks)
-            flags[1:] &= marks[:-1] > 32  # subtle: white space is another pre-token at the end of a text
-            places = (first + place for place in begins + np.flatnonzero(flags).tolist())
-            place = next((place for place in places if target <= place < min(target + window, size)), None)
-            borders += [place] if place else []
-            target = place + num_bytes if place else target + window
+            within = {index for start, end in spans for index in range(start + 1, end)}
+            for index in [start for start, _ in spans] + [match.start() for match in FIRST_BORDER.finditer(text)]:
+                offset = first + len(text[:index].encode("utf-8", errors="surrogateescape"))
+                if target <= offset < min(target + window, size) and index not in within:
+                    borders.append(offset)
+                    target = offset + num_bytes
+                    break
+            else:
+                target += window
     return list(zip(borders, borders[1:] + [size]))
 
 def processors() -> int:
@@ -430,10 +291,8 @@ def processors() -> int:
 
 def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
     """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
-
     By default one worker for each processor; few tasks, or one worker, are done in this process. A worker that dies
-    is an error, not a hang.
-    """
+    is an error, not a hang."""
     num_workers = min(num_workers or processors(), len(tasks))
     if num_workers == 1 or len(tasks) <= 2:
         yield from (function(shared, *task) for task in tasks)
@@ -524,8 +383,7 @@ def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
     return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
-# --- 6. Training on a file ---
-
+# --- 5. Training on a file ---
 class Kept:
     """A value in a file, written once a minute and in the end, behind a checksum; a damaged one counts as missing."""
 
@@ -547,9 +405,7 @@ def count_chunk(special_tokens: Sequence[str], path: Path, start: int, end: int)
 def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int | None = None,
                 cache: Path | None = None, progress: bool = False) -> dict[str, int]:
     """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text.
-
-    The cache keeps the counts of the chunks done so far, for a run after an interruption.
-    """
+    The cache keeps the counts of the chunks done so far, for a run after an interruption."""
     chunks = chunks_of(path, special_tokens, min(max(text_size(path) // 8, CHUNK_BYTES), 8 * CHUNK_BYTES))
     kept, meter = Kept(cache, [0, {}]), Progress("counting words", chunks[-1][1], shown=progress)
     known, counts = kept.value[0], Counter(kept.value[1])
@@ -572,7 +428,6 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
               on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
               seconds: dict[str, float] | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
-
     vocab_size counts all: id b is byte b, then comes an id for each merge, then the special tokens. A text too small
     for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, under a hash
     of the text: they serve every smaller vocab_size and a run after an interruption. seconds: gets each stage's time.
@@ -599,7 +454,7 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
             on_merge(pair, count)
 
         try:
-            merges = train_vectorized(counts, num_merges, merges, tell)
+            merges = train_fast(counts, num_merges, merges, tell)
         finally:
             kept.save(now=True)
         meter.update(num_merges)
@@ -610,70 +465,9 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
 
-# --- 7. The tokenizer ---
-
-Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
-
-def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
-    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
-
-    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
-    so n bytes cost n log n, even a run of 100,000 spaces.
-    """
-    end = len(symbols)
-    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
-    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        _, left, pair = heapq.heappop(heap)
-        right = after[left]
-        if right == end or (symbols[left], symbols[right]) != pair:
-            continue  # one of the two has meanwhile been merged with its other neighbour
-        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
-        if after[left] < end:
-            before[after[left]] = left
-        for first, second in ((before[left], left), (left, after[left])):
-            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
-                heapq.heappush(heap, (ranks[pair][0], first, pair))
-    return [symbol for symbol in symbols if symbol >= 0]
-
-NO_RANK = 1 << 31
-
-def encode_words(words: Sequence[bytes], byte_ids: np.ndarray, pairs: np.ndarray, ranks: np.ndarray,
-                 merged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """apply_merges of many pre-tokens at a time: all their ids in order, and for each id the number of its word.
-
-    Each round merges in every word the pair of the lowest rank wherever it stands, as the definition does: for short
-    words, since one of n bytes may take n rounds. pairs: left << 32 | right, sorted; ranks: theirs; merged: by rank.
-    """
-    token = np.append(byte_ids[np.frombuffer(b"".join(words), np.uint8)], 0)  # a border behind all words, and so before
-    word = np.append(np.repeat(np.arange(len(words)), np.fromiter(map(len, words), np.int64, len(words))), -1)
-
-    def ranks_at(at: np.ndarray) -> np.ndarray:
-        pair = token[at] << 32 | token[at + 1]
-        place = np.searchsorted(pairs, pair)
-        return np.where((pairs[place] == pair) & (word[at] == word[at + 1]), ranks[place], NO_RANK)
-
-    rank, done = np.append(ranks_at(np.arange(len(token) - 1)), NO_RANK), []
-    while len(token) > 1:
-        begins = np.flatnonzero(np.append(True, word[1:] != word[:-1]))
-        lowest = np.repeat(np.minimum.reduceat(rank, begins), np.diff(begins, append=len(word)))
-        going = (lowest < NO_RANK) | (word < 0)
-        done.append((token[~going], word[~going]))
-        token, word, rank, lowest = token[going], word[going], rank[going], lowest[going]
-        left = np.flatnonzero(rank[:-1] == lowest[:-1])
-        left = left[every_second(np.diff(left, prepend=-2) > 1)]  # a a a
-        token[left] = merged[rank[left]]
-        token, word, rank = (np.delete(array, left + 1) for array in (token, word, rank))
-        left -= np.arange(len(left))
-        rank[left], rank[left - 1] = ranks_at(left), ranks_at(left - 1)
-    token, word = (np.concatenate(parts) for parts in zip(*done))
-    order = np.argsort(word, kind="stable")
-    return token[order], word[order]
-
+# --- 6. The tokenizer ---
 def printable_bytes() -> dict[int, str]:
     """GPT-2's characters for bytes in text files: printable ones stand for themselves, the other 68 are moved up.
-
     >>> "".join(printable_bytes()[byte] for byte in b"a b")
     'aĠb'
     """
@@ -683,7 +477,6 @@ def printable_bytes() -> dict[int, str]:
 
 class Tokenizer:
     """Text to ids and back by GPT-2's rules.
-
     vocab: id -> bytes; merges: pairs of bytes in the order of their making; special_tokens: strings that are one token
     each, the longest tried first. Those that the vocabulary lacks get the next ids.
 
@@ -702,30 +495,19 @@ class Tokenizer:
         self.token_ids = {token: token_id for token_id, token in self.vocab.items()}
         for token in (special.encode("utf-8") for special in self.special_tokens):
             self.vocab.setdefault(self.token_ids.setdefault(token, self.vocab_size), token)
-        self._ranks: Ranks = {}
         try:
-            for rank, (left, right) in enumerate(self.merges):
-                pair = self.token_ids[left], self.token_ids[right]
-                self._ranks.setdefault(pair, (rank, self.token_ids[left + right]))
+            self._ranks = merge_ranks(self.merges, self.token_ids)
         except KeyError as error:
             raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
                             "tokenizer; restore them, or train the tokenizer anew") from None
-        self._byte_ids = np.array([self.token_ids.get(bytes([byte]), -1) for byte in range(256)])
+        self._byte_ids = [self.token_ids.get(bytes([byte])) for byte in range(256)]
         self._specials = special_pattern(self.special_tokens)
-        self._known: dict[bytes, bytes] = {}  # piece -> its ids, four bytes each: texts repeat themselves
+        self._known: dict[str, tuple[int, ...]] = {}  # piece -> its ids: texts repeat themselves
 
     @property
     def vocab_size(self) -> int:
         """One more than the greatest id: the rows that an embedding needs."""
         return max(self.vocab, default=-1) + 1
-
-    @functools.cached_property
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        """What encode_words needs; one pair behind all stops every search."""
-        rows = sorted((left << 32 | right, rank) for (left, right), (rank, _) in self._ranks.items())
-        pairs, ranks = np.array([*rows, (1 << 62, NO_RANK)]).T
-        merged = np.array([self.token_ids[left + right] for left, right in self.merges], np.int64)
-        return self._byte_ids, np.ascontiguousarray(pairs), np.ascontiguousarray(ranks), merged
 
     def hash(self) -> str:
         """SHA-256 of all that decides the ids; token arrays and checkpoints remember it."""
@@ -734,60 +516,31 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([vocab, merges, self.special_tokens]).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The ids as uint32. A long text is cut by NumPy and its new pieces are encoded together."""
-        try:
-            data, blocks = text.encode("utf-8"), []
-        except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
-            return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
-        if len(data) < 20_000:
-            pieces = []
-            for place, part in enumerate(self._specials.split(text)):  # special tokens stand at the odd places
-                pieces += [part] if place % 2 else PRETOKEN.findall(part)
-            return np.frombuffer(b"".join(self._ids_of([piece.encode("utf-8") for piece in pieces])), np.uint32)
-        for pieces, which in distinct_pieces(data, self.special_tokens):
-            ids = self._ids_of(pieces)
-            length = np.fromiter(map(len, ids), np.int64, len(ids)) // 4
-            first, each = (np.cumsum(length) - length)[which], length[which]
-            ends = np.cumsum(each)
-            place = np.repeat(first - ends + each, each) + np.arange(ends[-1])
-            blocks.append(np.frombuffer(b"".join(ids), np.uint32)[place])
-        return np.concatenate(blocks)
-
-    def _ids_of(self, pieces: list[bytes]) -> list[bytes]:
-        if not 0 < len(self._known) < 500_000:  # some 100 MB; starting anew is cheaper than keeping track of age
-            specials = [special.encode("utf-8") for special in self.special_tokens]
-            self._known = {special: np.uint32(self.token_ids[special]).tobytes() for special in specials}
-        ids = list(map(self._known.get, pieces))
-        new = [place for place, known in enumerate(ids) if known is None]
-        for place, found in zip(new, self._encode_new([pieces[place] for place in new])):
-            ids[place] = found
-            if len(pieces[place]) <= 256:  # a longer one hardly comes again
-                self._known[pieces[place]] = found
-        return ids
-
-    def _encode_new(self, pieces: list[bytes]) -> list[bytes]:
-        """The ids of new pieces, of many together. Long pre-tokens are encoded one by one."""
-        if lacking := set(np.flatnonzero(self._byte_ids < 0).tolist()).intersection(b"".join(pieces)):
-            raise UserError(f"this vocabulary lacks the byte 0x{min(lacking):02x}: take a tokenizer with all 256 bytes")
-        words, owner, alone = [], [], {}
-        for number, piece in enumerate(pieces):
-            parts = pretokens_of(piece)
-            if len(pieces) >= 300 and max(map(len, parts)) <= 64:
-                words += parts
-                owner += [number] * len(parts)
+        ids: list[int] = []
+        known = self._known.get  # texts repeat themselves: nearly every piece has been seen before
+        for place, part in enumerate(self._specials.split(text)):
+            if place % 2:  # split() puts the special tokens at the odd places
+                ids.append(self.token_ids[part.encode("utf-8")])
             else:
-                ids = [apply_merges(self._byte_ids[[*part]].tolist(), self._ranks) for part in parts]
-                alone[number] = np.array([*itertools.chain.from_iterable(ids)], np.uint32).tobytes()
-        token, word = encode_words(words, *self._arrays) if words else (np.empty(0), [])
-        counts = np.bincount(np.array(owner, np.int64)[word], minlength=len(pieces))
-        ends, flat = np.cumsum(4 * counts).tolist(), token.astype(np.uint32).tobytes()
-        ids = list(map(flat.__getitem__, map(slice, [0, *ends], ends)))
-        for number in alone:
-            ids[number] = alone[number]
+                for piece in PIECE.findall(part):
+                    ids += known(piece) or self._encode_piece(piece)
         return ids
+
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+        ids: list[int] = []
+        for match in PRETOKEN.finditer(piece):
+            # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
+            data = re.sub("[\ud800-\udfff]", "\ufffd", match.group()).encode("utf-8")
+            symbols = [self._byte_ids[byte] for byte in data]
+            if None in symbols:
+                raise UserError(f"this vocabulary lacks the byte 0x{data[symbols.index(None)]:02x} of {piece!r}: take "
+                                "a tokenizer with all 256 bytes")
+            ids += apply_merges(symbols, self._ranks)
+        if len(piece) <= 64:
+            if len(self._known) >= 200_000:  # some 50 MB; starting anew is cheaper than keeping track of age
+                self._known.clear()
+            self._known[piece] = tuple(ids)
+        return tuple(ids)
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
         """The ids of "".join(strings), lazily, with memory for the longest pre-token but not for the text."""
@@ -803,10 +556,8 @@ class Tokenizer:
 
     def _settled(self, text: str) -> int:
         """How much of a text that may go on can be encoded now: to its last border, or to the end of a special token.
-
         subtle: to encode line by line is wrong. The first two of three line ends are one token in GPT-2, and "<|endof"
-        may be the beginning of a special token, or of a longer one.
-        """
+        may be the beginning of a special token, or of a longer one."""
         beginnings = (special[:length] for special in self.special_tokens for length in range(1, len(special)))
         undecided = len(text) - max((len(part) for part in beginnings if text.endswith(part)), default=0)
         found = self._specials.finditer(text)
@@ -888,23 +639,20 @@ def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tu
         raise ValueError("no token at all, or one id for several")
     return tokens, [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
 
-# --- 8. From text to token arrays ---
-
-def encode_chunk(tokenizer: Tokenizer, dtype: np.dtype, path: Path, start: int, end: int) -> bytes:
-    return tokenizer.encode_array(read_text(path, start, end)).astype(dtype).tobytes()
+# --- 7. From text to token arrays ---
+def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
+    return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
 
 def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *, num_workers: int | None = None,
                 progress: bool = False) -> int:
     """Encode a text file into an array of ids on disk; returns their number.
-
     uint16 holds the ids of 65,536 tokens in half the space of uint32. The array is written chunk by chunk and never
-    held whole. x.json beside x.npy tells load_tokens whose ids they are.
-    """
+    held whole. x.json beside x.npy tells load_tokens whose ids they are."""
     text_path, npy_path = Path(text_path), Path(npy_path)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
     chunks, source = chunks_of(text_path, tokenizer.special_tokens, CHUNK_BYTES), file_identity(text_path)
     meter, started = Progress(f"encoding {text_path.name}", source["bytes"], shown=progress), time.perf_counter()
-    tasks, header = [(dtype, text_path, *chunk) for chunk in chunks], {"descr": dtype.str, "fortran_order": False}
+    tasks, header = [(dtype.str, text_path, *chunk) for chunk in chunks], {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
         begin = file.tell()
@@ -932,7 +680,7 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
 
-# --- 9. A built-in corpus: stories ---
+# --- 8. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
 #   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row     a list of phrases
@@ -1154,9 +902,7 @@ def _say(form: str, word: str) -> str:
 
 def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, float]:
     """Spell out `parts`, drawing what `memory` does not hold yet: the text and -log p of the draws.
-
-    `memory` maps each name drawn so far to its cell, and each list (in a tuple of one) to the rows taken from it.
-    """
+    `memory` maps each name drawn so far to its cell, and each list (in a tuple of one) to the rows taken from it."""
     text, nats = [], 0.0
     for part in parts:
         if isinstance(part, str):
@@ -1180,9 +926,7 @@ def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, 
 
 def _read(text: str) -> Iterator[float]:
     """-log p of every derivation of `text`: the same walk, but it follows each row that agrees with the text.
-
-    A word that disagrees ends a branch at once, so few are ever open; what is still to be read is a linked list.
-    """
+    A word that disagrees ends a branch at once, so few are ever open; what is still to be read is a linked list."""
     stack = [((*STORY, ()), 0, {}, 0.0)]  # (what is still to be read, from where, memory, nats so far)
     while stack:
         todo, at, memory, nats = stack.pop()
@@ -1221,7 +965,7 @@ def story_nats(text: str) -> float:
         return nats  # the only one: no text has two derivations
     raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
 
-# --- 10. A built-in corpus: arithmetic ---
+# --- 9. A built-in corpus: arithmetic ---
 #
 # Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
 # of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
@@ -1249,7 +993,6 @@ def in_words(number: int) -> str:
 
 def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
     """Problems first, first + 1, ... of a seed.
-
     >>> print(*next(arithmetic_problems(0, 6)), sep="\\n")
     What is 259 + 25 * 5?
     25 * 5 = 125. 259 + 125 = 384.
@@ -1284,8 +1027,7 @@ def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
     for problem in arithmetic_problems(seed, first):
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
 
-# --- 11. Corpora, to token arrays ---
-
+# --- 10. Corpora, to token arrays ---
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -1302,10 +1044,8 @@ GENERATED_BYTES = 25_000_000  # of a built-in corpus, when data_bytes does not s
 def download(url: str, path: Path, *, first_bytes: int | None = None, expected_bytes: int | None = None,
              timeout_s: float = 30.0) -> None:
     """Fetch a file, or only its first bytes, going on where an earlier attempt broke off. Raises OSError.
-
     What has come lies in <path>.part. It is renamed when it has all the bytes that the server announced, and the whole
-    file there must have expected_bytes.
-    """
+    file there must have expected_bytes."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -1407,7 +1147,6 @@ def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_worke
 
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
     """See that train.txt and val.txt are in the folder, made from what is asked for. Raises OSError without a network.
-
     source.json, written last, says what they were made from; without it they are somebody's own and used as they are.
     """
     train, val, record = folder / "train.txt", folder / "val.txt", folder / "source.json"
@@ -1451,11 +1190,9 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
             data_dir: PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
             say: Callable[[str], None] = print) -> Prepared:
     """From a corpus's name, or a text file's path, to token arrays. Runs what is missing, with one line for each stage.
-
     data_bytes: how much training text; None is all there is, or GENERATED_BYTES of a built-in corpus. Text lies in
     data_dir/<dataset>/, tokenizer and arrays in data_dir/<dataset>/bpe<vocab_size>/. Without a network "tinystories"
-    becomes "stories"; whatever else cannot be had raises UserError.
-    """
+    becomes "stories"; whatever else cannot be had raises UserError."""
     num_merges_for(vocab_size, special_tokens)
     name = dataset
     if dataset not in DATASETS:
@@ -1496,8 +1233,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
             say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
 
-# --- 12. The command line ---
-
+# --- 11. The command line ---
 def peak_memory_bytes(num_workers: int | None) -> int:
     """The most that this process and all its workers can have held, each as much as the greatest; 0 if unknown."""
     try:
