@@ -23,17 +23,16 @@ the same bits; a checkpoint is written whole or not at all; what was measured st
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
-import shutil
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -42,24 +41,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
-from ddp import ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
+from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, active_parameters, count_parameters, devices_needed
 from model import document_places, flops_per_token, make_attention, option, training_memory
-from shard_opt import clip_gradients as clip_sharded
+from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
 from shard_opt import full_state_dicts, load_full_state_dicts, shard
 
 # --- 1. The loss ---
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean.
+    """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean;
+    with reduction="none" the loss of every token, (...). Equal to torch.nn.functional.cross_entropy.
 
-    Softmax divides exp(x) by a sum of exps; the log of it cancels the exp of the target's own score, which leaves
+    Softmax divides exp(x) by a sum of exps; its log cancels the exp of the target's own score, which leaves
 
         loss = log(sum_v exp(x_v)) - x_target
 
-    and subtracting max(x) from every score changes neither side but keeps exp from overflowing. It is computed in
-    float32 whatever the logits are: bfloat16 has three digits, and a sum over a vocabulary needs more.
-    `reduction="none"` returns the loss of every token, (...). Equal to torch.nn.functional.cross_entropy.
+    Subtracting max(x) from every score only keeps exp from overflowing. The sum is in float32: bfloat16 has 3 digits.
 
     >>> round(cross_entropy(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([2])).item(), 5), round(math.log(4), 5)
     (1.38629, 1.38629)
@@ -80,10 +78,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         d hidden = d logits @ weight        d weight = sum over chunks of  d logits.T @ hidden
 
-    backward() only multiplies both by that one number. Loss and head take 0.6 of the plain way's time on the laptop
-    preset (two cores; 0.85 at 10,000 tokens of vocabulary and d_model 512), and memory for one chunk of logits.
-    """
-
+    Loss and head take 0.6 of the plain way's time on the laptop preset (two cores; 0.85 at 10,000 tokens of vocabulary
+    and d_model 512), and memory for one chunk of logits."""
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, C), weight (V, C), targets (N,) -> a scalar."""
@@ -109,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight = ctx.saved_tensors  # but for the factor that came from behind
         return grad_hidden * grad, grad_weight * grad, None, None
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -134,11 +130,8 @@ class AdamW(torch.optim.Optimizer):
         v <- beta2 * v + (1 - beta2) * g^2      running mean of its square
         p <- p - lr * m_hat / (sqrt(v_hat) + eps)
 
-    m and v start at zero, so after t steps they are too small by 1 - beta^t; m_hat and v_hat divide that out. The
-    ratio m / sqrt(v) is about +-1 for a steady gradient of any size, which is why one lr fits all layers.
-    The operations are torch.optim.AdamW's in its order, so that both give the same bits (tested).
-    """
-
+    m and v start at zero: after t steps they are too small by 1 - beta^t, which m_hat and v_hat divide out. m / sqrt(v)
+    is about +-1 for a steady gradient of any size, so one lr fits all layers. The same bits as torch.optim.AdamW."""
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1):
         options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -155,7 +148,6 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def update_group(self, group: dict, parameters: list[Tensor]) -> None:
-        """The rule above, for the parameters of one group."""
         (beta1, beta2), lr = group["betas"], group["lr"]
         for p in parameters:
             state = self.state[p]
@@ -174,9 +166,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
     With X = U S V', the polynomial a X + b (X X') X + c (X X')^2 X has the same U and V, and singular values
     a s + b s^3 + c s^5. Five times, with coefficients that lift small s steeply and leave the large ones near 1
-    (between about 0.7 and 1.2), is a few matrix products where an SVD would take a thousand times longer.
-    (Jordan et al. 2024, "Muon"; a Newton-Schulz iteration)
-    """
+    (about 0.7 to 1.2), is a few matrix products. (Jordan et al. 2024, "Muon"; a Newton-Schulz iteration)"""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # (..., M, N): now all s <= 1
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the smaller side is squared
@@ -191,12 +181,9 @@ class Muon(AdamW):
         m <- 0.95 * m + 0.05 * g
         W <- W - lr * weight_decay * W - lr * 0.2 * sqrt(max(M, N)) * orthogonalize(0.05 * g + 0.95 * m)
 
-    A gradient matrix is often dominated by a few directions, and dividing element by element, as Adam does, cannot see
-    that; with all singular values equal, the rare directions are learned as fast as the common ones. An orthogonal
-    M x N matrix has elements of size 1 / sqrt(max(M, N)), so the factor makes their size 0.2, about that of an AdamW
-    update, and one lr serves both (Liu et al. 2025, "Muon is scalable", section 2.2).
-    """
-
+    A few directions often dominate a gradient matrix, which Adam, dividing element by element, cannot see; with equal
+    singular values rare directions are learned as fast as common ones. An orthogonal matrix has elements of about
+    1 / sqrt(max(M, N)); the factor makes them 0.2, like AdamW's updates, so one lr serves both (Liu et al. 2025)."""
     def update_group(self, group: dict, parameters: list[Tensor]) -> None:
         if not group.get("muon"):
             return super().update_group(group, parameters)
@@ -229,7 +216,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = F
 def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: int, cosine_cycle_iters: int) -> float:
     """Linear warm-up from 0 to max_lr at it == warmup_iters, half a cosine down to min_lr at it == cosine_cycle_iters,
     min_lr ever after; both ends are exact. Warm-up keeps the first steps short while AdamW's averages are still noise.
-
     >>> [get_lr_cosine_schedule(it, 1.0, 0.1, 2, 6) for it in (0, 1, 2, 4, 6, 9)]
     [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
     """
@@ -258,24 +244,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
 def num_starts(tokens: np.ndarray, context_length: int) -> int:
     """How many windows of context_length tokens and one more the corpus holds."""
     if len(tokens) <= context_length:
-        raise UserError(f"the corpus has {len(tokens):,} tokens, fewer than one window of {context_length} + 1: "
-                        f"lower --context_length or take a longer text")
+        raise UserError(f"the text's {len(tokens):,} tokens are fewer than one window: lower --context_length")
     return len(tokens) - context_length
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
               rng: np.random.Generator | None = None, rows: slice = slice(None),
               starts: Sequence[int] = (), vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random windows of a long token array and, for each position, its successor: two (B, T) int64 tensors.
-    Starts 0 ... n - T - 1 are equally likely (the last window's last target is the last token), or those in `starts`,
-    if any. All batch_size starts are drawn from `rng`, then `rows` of them are read: the ranks of a distributed run draw
-    the same starts and each reads its share. `tokens` may be a memory map; only the windows are read from disk."""
+    """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
+    Starts 0 ... n - T - 1 are equally likely, or those in `starts`, if any. All batch_size starts are drawn from `rng`,
+    then `rows` of them are read: ranks draw the same starts and each reads its share, from a memory map perhaps."""
     choices = len(starts) or num_starts(tokens, context_length)
     chosen = (rng or np.random.default_rng()).integers(choices, size=batch_size)[rows]
     chosen = starts[chosen] if len(starts) else chosen
     windows = np.stack([tokens[start : start + context_length + 1] for start in chosen]).astype(np.int64)  # (B, T + 1)
     if vocab_size is not None and windows.max() >= vocab_size:
-        raise UserError(f"the corpus holds token {windows.max()}, beyond the vocabulary's {vocab_size:,}: remove its "
-                        f"damaged .npy files, and they are made again")
+        raise UserError(f"token {windows.max()} is beyond the vocabulary: remove the damaged .npy files, to be remade")
     batch = torch.from_numpy(windows)
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory()  # so that the copy runs while the GPU computes
@@ -285,22 +268,19 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
 # --- 5. Checkpoints ---
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
-    while (inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None)) is not None:
-        module = inner
-    return module
+    inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+    return module if inner is None else unwrapped(inner)
 
-def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out, **extra) -> None:
-    """Write model, optimizer and iteration (and `extra`: plain values, tensors) to a path or a binary file object."""
-    write_checkpoint(unwrapped(model).state_dict(), optimizer.state_dict(), iteration, out, **extra)
-
-def write_checkpoint(model_state: dict, optimizer_state: dict, iteration: int, out, **extra) -> None:
-    """The same of two state dicts. A path gets its name when the file is whole and on the disk: a reader finds the old
-    one or the new one, never half of one, even when the machine loses power in between."""
-    payload = {"model": model_state, "optimizer": optimizer_state, "iteration": iteration, **extra}
+def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, iteration: int, out,
+                    **extra) -> None:
+    """Write model and optimizer (or their state dicts), iteration and `extra` (plain values, tensors) to a path or a
+    binary file object. A path gets its name when the file is whole and on the disk: nobody ever finds half of one."""
+    states = [x if isinstance(x, dict) else unwrapped(x).state_dict() for x in (model, optimizer)]
+    payload = {"model": states[0], "optimizer": states[1], "iteration": iteration, **extra}
     with contextlib.nullcontext(out) if hasattr(out, "write") else write_atomically(out, "wb") as file:
         torch.save(payload, file)
 
-def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
+def read_checkpoint(src) -> dict:
     """The payload that save_checkpoint wrote. Only tensors and plain values are unpickled (weights_only), and the
     archive's own checksums are verified first: torch.load checks none, and a flipped bit would load as a weight."""
     try:
@@ -309,27 +289,24 @@ def read_checkpoint(src, device: str | torch.device = "cpu") -> dict:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         if hasattr(src, "seek"):
             src.seek(0)
-        payload = torch.load(src, map_location=device, weights_only=True)
+        payload = torch.load(src, map_location="cpu", weights_only=True)
+        if not {"model", "optimizer", "iteration"} <= payload.keys():
+            raise ValueError("it holds no model, optimizer and iteration")
+        return payload
     except FileNotFoundError:
         raise UserError(f"{src}: there is no such checkpoint") from None
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{src}: not a readable checkpoint ({reason}): remove it to take the one before") from error
-    if not isinstance(payload, dict) or not {"model", "optimizer", "iteration"} <= payload.keys():
-        raise UserError(f"{src}: not a checkpoint of train.py: it holds no model, optimizer and iteration")
-    return payload
+        raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it; the one before is taken") from error
 
 def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Load what save_checkpoint wrote, to a path or a binary file object, into model and optimizer (None: the model
-    alone); returns the iteration."""
+    """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
     payload = read_checkpoint(src)
     try:
         unwrapped(model).load_state_dict(payload["model"])
         if optimizer is not None:
             optimizer.load_state_dict(payload["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint belongs to another model or optimizer: {reason}") from None
+        raise UserError(f"this checkpoint is of another model or optimizer: {error!r:.200}") from None
     return payload["iteration"]
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
@@ -337,54 +314,43 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return max(run_folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
 
 # --- 6. Evaluation ---
-@dataclass
 class ValidationSet:
-    """What evaluation scores, cut once: batches of (inputs, targets), both (B, T); a target of -1 is padding."""
-
-    batches: list[tuple[Tensor, np.ndarray]]
-    token_bytes: np.ndarray  # (V,) bytes of text that each id stands for; the end-of-text token stands for none
-    num_tokens: int
-    floor: float | None  # the corpus generator's own -log p in nats per byte: no model can be better on average
-    question_end: int | None = None  # the token that ends a question whose answer is scored as a whole
-
-def validation_set(tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: int, batch_size: int, max_tokens: int,
-                   by_document: bool = False, question_end: int | None = None) -> ValidationSet:
-    """Cut (about) the first max_tokens validation tokens into batches: consecutive windows, each token predicted once
-    from at most context_length tokens before it. With `by_document` every story is predicted alone from its first
-    token, after one end-of-text token: as a model writes it, and as the generator's -log p is reckoned."""
-    token_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for token, text in tokenizer.vocab.items():
-        token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
-    tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
-    rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
-    floor = None
-    if by_document:
-        end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()]
-        documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)[:-1]  # the last one is cut off
-        by_document = bool(documents) and max(map(len, documents)) <= context_length  # else windows, and no floor
+    """What evaluation scores: the first max_tokens validation tokens, cut into windows, each token predicted once from
+    at most context_length before it. With `by_document` every story is predicted alone, after one end-of-text token: as
+    a model writes it, and as the generator's -log p is reckoned. question_end: the token before an answer to score."""
+    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: int, batch_size: int,
+                 max_tokens: int, by_document: bool = False, question_end: int | None = None):
+        self.token_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # (V,) of text that each id stands for
+        for token, text in tokenizer.vocab.items():
+            self.token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
+        tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
+        rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
+        self.floor = self.question_end = None  # floor: the generator's own nats per byte, which no model can undercut
         if by_document:
-            rows = sorted((np.r_[end_of_text, document] for document in documents), key=len)  # little padding
-            with contextlib.suppress(ValueError):  # the text is not this generator's: no floor either
-                nats = sum(story_nats(tokenizer.decode(document[:-1].tolist())) for document in documents)
-                floor = nats / sum(token_bytes[document].sum() for document in documents)
-    if not rows:
-        raise UserError("the validation split is empty: take a longer text")
-    batches = []
-    for first in range(0, len(rows), batch_size):
-        group = [torch.from_numpy(row) for row in rows[first : first + batch_size]]
-        inputs = pad_sequence([row[:-1] for row in group], batch_first=True)  # (B, T)
-        targets = pad_sequence([row[1:] for row in group], batch_first=True, padding_value=-1)  # (B, T)
-        batches.append((inputs, targets.numpy()))
-    num_tokens = sum(len(row) - 1 for row in rows)
-    return ValidationSet(batches, token_bytes, num_tokens, floor, question_end if by_document else None)
+            end_of_text = tokenizer.token_ids[END_OF_TEXT.encode()]
+            documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)[:-1]  # the last one is cut off
+            if documents and max(map(len, documents)) <= context_length:  # else windows, and no floor
+                rows = sorted((np.r_[end_of_text, document] for document in documents), key=len)  # little padding
+                self.question_end = question_end
+                with contextlib.suppress(ValueError):  # the text is not this generator's: no floor either
+                    nats = sum(story_nats(tokenizer.decode(document[:-1].tolist())) for document in documents)
+                    self.floor = nats / sum(self.token_bytes[document].sum() for document in documents)
+        if not rows:
+            raise UserError("the validation split is empty: take a longer text")
+        self.num_tokens = sum(len(row) - 1 for row in rows)
+        self.batches = []  # of inputs and targets, both (B, T); a target of -1 is padding
+        for first in range(0, len(rows), batch_size):
+            group = [torch.from_numpy(row) for row in rows[first : first + batch_size]]
+            inputs = pad_sequence([row[:-1] for row in group], batch_first=True)
+            targets = pad_sequence([row[1:] for row in group], batch_first=True, padding_value=-1)
+            self.batches.append((inputs, targets.numpy()))
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
              places_of: Callable[[Tensor], dict] = lambda inputs: {}) -> dict:
-    """Mean loss over the validation tokens, in nats per token, and the same surprise in bits per byte of text, which
-    alone compares models with different tokenizers. The ranks share the batches. Where documents are problems,
-    exact_match is the share of those whose every token behind the question would be generated by always taking the
-    likeliest: if each is likeliest after the right ones before it, all would have been."""
+    """Mean loss over the validation tokens, in nats per token, and in bits per byte of text, which compares models with
+    different tokenizers, too. The ranks share the batches. Where documents are problems, exact_match is the share whose
+    every token behind the question is the likeliest after the right ones: always taking the likeliest solves them."""
     model.eval()
     sums = np.zeros(4)  # nats, bytes, problems solved, problems
     for first in range(0, len(validation.batches), ranks.world_size):
@@ -409,28 +375,27 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
 # --- 7. Writing down what happened ---
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
-
-    def __init__(self, folder: Path, resume_at: int, wandb: bool = False):
-        self.path, self.wandb_run, self.lock = folder / "log.jsonl", None, open(folder / "lock", "w")
+    def __init__(self, folder: Path, resume_at: int, to_wandb: bool = False):
+        path, self.lock = folder / "log.jsonl", open(folder / "lock", "w")
         try:
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
         except OSError:
             raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name") from None
-        if wandb:
-            self.wandb_run = import_optional("wandb").init(project="train.py", name=folder.name)
-        if self.path.exists():  # cut a torn last line and what lies past the checkpoint
-            kept = [line for line in read_log(self.path) if line["step"] <= resume_at]
-            with write_atomically(self.path) as file:
+        self.wandb_run = None
+        if to_wandb:
+            import wandb
+            self.wandb_run = wandb.init(project="train.py", name=folder.name)
+        if path.exists():  # cut a torn last line and what lies past the checkpoint
+            kept = [line for line in read_log(path) if line["step"] <= resume_at]
+            with write_atomically(path) as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
-        finite = {name: value for name, value in line.items()  # JSON knows no infinity
-                  if not isinstance(value, float) or math.isfinite(value)}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        finite = {name: x for name, x in line.items() if not isinstance(x, float) or math.isfinite(x)}  # JSON lacks inf
+        print(json.dumps(finite), file=self.file, flush=True)
         if self.wandb_run is not None:
             self.wandb_run.log(line, step=line["step"])
 
@@ -443,22 +408,18 @@ class RunLog:
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; one that is not whole (the run was killed while writing it) ends the list."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return lines
 
 def clock(seconds: float) -> str:
     """Seconds as 1:15 or 3:00:05."""
     minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str:
     """A line of the log as people read it; of an evaluation, how near the loss is to the corpus's own entropy, too.
-
     >>> progress_line({"step": 50, "tokens": 153_600, "train_loss": 4.2179, "lr": 3e-3, "grad_norm": 0.5123,
     ...                "tokens_per_second": 20481.7}, 680)
     'step    50/680   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:34 left'
@@ -478,7 +439,7 @@ def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str
 
 def plot_runs(folders: list[Path], picture: Path) -> Path:
     """Training and validation loss of some runs against steps, tokens and seconds, as a PNG. Needs matplotlib."""
-    pyplot = import_optional("matplotlib.pyplot")
+    from matplotlib import pyplot
     pyplot.switch_backend("Agg")  # draws into files, needs no screen
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for number, folder in enumerate(folders):
@@ -488,7 +449,6 @@ def plot_runs(folders: list[Path], picture: Path) -> Path:
                 points = [(line[axis], line[key]) for line in lines if key in line] or [(0, math.nan)]
                 panel.plot(*zip(*points), color=f"C{number}", **style)
             panel.set(xlabel=axis)
-            panel.grid(alpha=0.3)
     panels[0].set(ylabel="nats per token: training pale, validation dotted")
     panels[0].legend()
     figure.savefig(picture, dpi=150)
@@ -512,23 +472,14 @@ def report(folders: list[Path]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
-def import_optional(name: str):
-    """A package that only --plot or --wandb needs, imported when the flag is given."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name.split('.')[0]}") from None
-
 # --- 8. Settings: one default, one place ---
-@dataclass
+@dataclasses.dataclass
 class TrainConfig:
     """What a run is, beside its model: a resumed run keeps it, but for the fields that may change."""
-
     dataset: str = option("tinystories", "tinystories, owt, shakespeare, stories, arithmetic, or a text file's path")
     data_bytes: int | None = option(None, "bytes of training text (none: all; 100 MB of tinystories and owt on a CPU)")
     seed: int = option(0, "of parameters, batches and dropout")
-    dtype: str = option("auto", "arithmetic of forward and backward; parameters stay float32",
-                        choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "arithmetic (parameters: float32)", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = option(False, "torch.compile the model: a slow start, faster steps on a GPU")
     optimizer: str = option("adamw", "who turns gradients into updates", choices=("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate")
@@ -556,10 +507,9 @@ class TrainConfig:
         if self.grad_clip == 0 or self.beta2 >= 1 or self.seed >= 2**63:
             raise UserError("--grad_clip must be above 0, --beta2 below 1, --seed below 2**63")
 
-@dataclass
+@dataclasses.dataclass
 class Place:
     """Where a run stands and on what it runs: free to change whenever it goes on."""
-
     preset: str | None = option(None, "a named shape, see python model.py (none: laptop on a CPU, baseline on a GPU); "
                                 "flags beside it beat it", choices=tuple(PRESETS))
     run_name: str | None = option(None, "folder below --out_dir (none: <dataset>-<next free number>)")
@@ -568,11 +518,9 @@ class Place:
     data_dir: str = option("data", "where texts, tokenizers and token arrays are kept")
     num_workers: int | None = option(None, "processes that prepare data (none: one a core)")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (none: the fastest that is there)")
-    ddp: str = option("none", "how several processes share gradients, see ddp.py",
-                      choices=("none", "naive", "flat", "individual", "bucketed", "torch"))
+    ddp: str = option("none", "how processes share gradients, see ddp.py", choices=("none", *DDP_MODES))
     bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
-    shard_opt: str = option("none", "who keeps which part of the training state, see shard_opt.py",
-                            choices=("none", "zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp"))
+    shard_opt: str = option("none", "who keeps which training state, see shard_opt.py", choices=("none", *SHARD_MODES))
     ordered: bool = option(False, "add gradients in the order of the ranks: the same bits on any number of them")
     context_parallel: int = option(1, "neighbouring processes that read one sequence together, see ddp.py")
     dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
@@ -584,32 +532,29 @@ class Place:
     report: list[str] | None = option(None, "compare finished runs (with --plot: draw runs.png)")
 
     def __post_init__(self):
-        if self.device is None:
-            mps = "mps" if torch.backends.mps.is_available() else "cpu"
-            self.device = "cuda" if torch.cuda.is_available() else mps
+        others = "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else others)
         for name in ("bucket_size_mb", "context_parallel", "dist_timeout", "num_workers"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
 
-# What goes with a preset of model.py. `laptop` is cut to a few minutes on two cores; `baseline` is the TinyStories run
-# of CS336 (327,680,000 tokens). The others take the defaults above and deserve a look at --help.
+# What goes with a preset of model.py. `laptop` is cut to minutes on two cores; the others take the defaults above;
+# with `baseline` that is the TinyStories run of CS336 (327,680,000 tokens). The larger deserve a look at --help.
 RECIPES: dict[str, dict] = {
     "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=700, log_interval=25,
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
-    "baseline": dict(batch_size=128, max_steps=10_000, lr=1e-3),
     "7b": dict(batch_size=512, grad_accum_steps=512, lr=3e-4),  # one sequence at a time
 }
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
     can be told from what was not; --help shows the dataclass's."""
-    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):  # one sentence for every mistake, where argparse would print all flags first
+            raise UserError(f"{message}; --help lists the flags")
 
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; --help lists the flags")
-
-    parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
+    parser = Parser("train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, config in (("what is trained", ModelConfig), ("how; kept by a resumed run", TrainConfig),
                           ("where, and instead of training", Place)):
         group = parser.add_argument_group(title)
@@ -622,8 +567,8 @@ def build_parser() -> argparse.ArgumentParser:
                 options["choices"] = f.metadata["choices"]
             else:
                 kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
-                options.update(type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
-                options.update({"nargs": "+"} if "list" in str(f.type) else {})
+                options.update(type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind],
+                               nargs="+" if "list" in str(f.type) else None)
             group.add_argument(f"--{f.name}", **options)
     return parser
 
@@ -638,16 +583,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
             device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here ({reason}): try --device cpu") from None
+        raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}): try cpu") from None
     return device
 
 def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it and the matrices are big enough to gain.
-
-    CUDA from compute capability 8.0; CPUs with AMX or AVX512-BF16 from a width of 256 (measured on two AMX cores at
-    the baseline's shape: 1,120 -> 4,243 tokens/s; at 0.8 M parameters the casts cost more than they save).
-    """
+    """bfloat16 where the hardware multiplies it and the matrices are big enough to gain: CUDA from compute capability
+    8.0; CPUs with AMX or AVX512-BF16 from a width of 256 (measured on two AMX cores at the baseline's shape: 1,120 ->
+    4,243 tokens/s; at 0.8 M parameters the casts cost more than they save)."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -658,29 +600,23 @@ def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dt
     return torch.bfloat16 if fast else torch.float32
 
 def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
-    """State what the run would be, from formulas (model.py) and one timed matrix product; nothing is allocated."""
-    tokens_per_step = config.batch_size * model_config.context_length
+    """State what the run would be, from formulas (model.py) and a timed matrix product; nothing is allocated."""
     micro_batch = config.batch_size // config.grad_accum_steps
-    flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
     memory = training_memory(model_config, micro_batch)
-    a, seconds = torch.ones(1024, 1024, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * 1024**3 / sorted(seconds)[2]
-    active = sum(active_parameters(model_config).values())
-    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}"
-        + (f"  of which a token uses {active:,}" if model_config.num_experts else ""))
-    say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
     memory[f"in all, {micro_batch} sequences at a time"] = sum(memory.values())
+    flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
+    a = torch.ones(1024, 1024, device=device)
+    rate = 2 * 1024**3 / sorted(timeit.repeat(lambda: (a @ a).sum().item(), number=1, repeat=5))[2]  # FLOP/s
+    parameters, active = (sum(count(model_config).values()) for count in (count_parameters, active_parameters))
+    say(f"parameters        {parameters:>18,}" + f"  of which a token uses {active:,}" * (active < parameters))
+    say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
     for mode, (count, held) in devices_needed(model_config, micro_batch, size).items():
         needed = f"of {size / 2**30:,.0f} GiB, {held / 1e9:,.1f} GB on each" if count else "is enough"
         say(f"devices           {f'{count:,}' if count else 'no number':>18}  {needed}: --shard_opt {mode}")
-    num_tokens = tokens_per_step * config.max_steps
+    num_tokens = config.max_steps * (tokens_per_step := config.batch_size * model_config.context_length)
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
     say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of a float32 matrix product's "
         f"{rate / 1e9:,.0f} GFLOP/s here ({device.type})")
@@ -698,33 +634,27 @@ def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_
             raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("vocab.json", "merges.txt", "tokenizer.json"):
-            shutil.copyfile(tokenizer_dir / file, folder / file)
+            (folder / file).write_bytes((tokenizer_dir / file).read_bytes())
     with write_atomically(folder / "config.json") as file:
         json.dump(description, file, indent=2)
     return folder
-
-def newest_run(out_dir: Path) -> Path:
-    """The run folder that was written to last."""
-    runs = [path.parent for path in out_dir.glob("*/config.json")]
-    if not runs:
-        raise UserError(f"{out_dir}: no run here yet; python train.py starts one")
-    return max(runs, key=lambda run: (latest_checkpoint(run) or run / "config.json").stat().st_mtime)
 
 def read_config(folder: Path) -> dict:
     """What config.json says of a run: preset, tokenizer_hash, model, train."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return {**stored, "model": {**stored["model"]}, "train": {**stored["train"]}}
-    except OSError:
-        raise UserError(f"{folder}: there is no run to resume or report here") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'config.json'}: not the configuration of a run") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: no run to resume or report here; python train.py starts one") from None
 
 def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
     folder = None
     if place.resume:
-        folder = Path(place.out_dir) / place.run_name if place.run_name else newest_run(Path(place.out_dir))
+        folder = Path(place.out_dir, place.run_name or "")
+        if not place.run_name:  # the run that was written to last
+            files = [latest_checkpoint(path.parent) or path for path in folder.glob("*/config.json")]
+            folder = max(files, key=lambda file: file.stat().st_mtime, default=folder / "config.json").parent
         stored = read_config(folder)
         place.preset, model_values, train_values = stored.get("preset"), stored["model"], stored["train"]
         known = {**model_values, **train_values, "preset": place.preset}
@@ -739,41 +669,36 @@ def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path 
         place.preset = place.preset or ("baseline" if place.device.startswith("cuda") else "laptop")
         model_values = {**PRESETS[place.preset], **fields_of(ModelConfig, typed)}
         train_values = {**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)}
-    try:
-        return ModelConfig(**model_values), TrainConfig(**train_values), folder
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    return ModelConfig(**model_values), TrainConfig(**train_values), folder
 
 def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
+    for name, wanted in (("matplotlib", place.plot), ("wandb", place.wandb)):
+        if wanted and not find_spec(name):  # told now, not after hours
+            raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name}")
     if place.report:
         say(report(folders := [Path(name) for name in place.report]))
         if place.plot:
             say(f"curves: {plot_runs(folders, Path('runs.png'))}")
         return 0
     model_config, config, folder = settings(typed, place)
+    length, tokens_per_step = model_config.context_length, config.batch_size * model_config.context_length
     recording = not (place.overfit_one_batch or place.profile)
     device = pick_device(place.device, ranks.local_rank)
     dtype = pick_dtype(config.dtype, device, model_config)
     sharded = place.shard_opt in ("zero2", "fsdp", "torch_fsdp")  # these reduce gradients themselves
     if sharded and (place.ddp != "none" or config.compile or dtype == torch.float16):
-        raise UserError(f"--shard_opt {place.shard_opt} reduces the gradients itself: leave --ddp away, and --compile "
-                        "and --dtype float16, which do not go with it")
+        raise UserError(f"--shard_opt {place.shard_opt} goes with no --ddp, no --compile and no --dtype float16")
     if ranks.world_size > 1 and place.ddp == "none" and not sharded:
         raise UserError(f"{ranks.world_size} processes need a way to share gradients: add --ddp bucketed")
-    if ranks.world_size % place.context_parallel or model_config.context_length % (2 * place.context_parallel):
-        raise UserError(f"--context_parallel {place.context_parallel} must divide the {ranks.world_size} processes, "
-                        f"and twice of it --context_length {model_config.context_length}")
+    if ranks.world_size % place.context_parallel or length % (2 * place.context_parallel):
+        raise UserError("--context_parallel must divide the number of processes, and twice of it --context_length")
     num_slices = ranks.world_size // place.context_parallel * config.grad_accum_steps
     if config.batch_size % num_slices:
         raise UserError(f"--batch_size {config.batch_size} does not divide into {num_slices} slices (processes / "
                         f"--context_parallel x --grad_accum_steps): take a multiple of {num_slices}")
     if place.dry_run:
         return dry_run(model_config, config, device, say) or 0
-
-    for name, wanted in (("matplotlib.pyplot", place.plot), ("wandb", place.wandb)):
-        if wanted:
-            import_optional(name)  # a missing package is told now, not after hours
 
     # Data. Rank 0 prepares what is missing, the others wait for it.
     special_tokens = (END_OF_TEXT,) if model_config.vocab_size > 256 else ()  # 256 ids are all bytes: nothing else fits
@@ -790,49 +715,42 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
     by_document = special_tokens and data.dataset in ("stories", "arithmetic")
-    possible = train_tokens[: num_starts(train_tokens, model_config.context_length)]
+    possible = train_tokens[: num_starts(train_tokens, length)]
     starts = np.flatnonzero(possible == end_of_text_id) if by_document else ()
-    validation = validation_set(val_tokens, tokenizer, context_length=model_config.context_length,
-                                batch_size=max(1, 8192 // model_config.context_length), max_tokens=config.eval_tokens,
-                                by_document=by_document,
-                                question_end=tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None)
+    question_end = tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None
+    validation = ValidationSet(val_tokens, tokenizer, context_length=length, batch_size=max(1, 8192 // length),
+                               max_tokens=config.eval_tokens, by_document=by_document, question_end=question_end)
 
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
     path = latest_checkpoint(folder) if folder else None
-    step, seconds_before, payload = 0, 0.0, None
-    if path:
-        payload = read_checkpoint(path)
-        if payload.get("tokenizer_hash") != tokenizer.hash():
-            raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
-        if payload.get("config") != dataclasses.asdict(model_config):
-            raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
-        step, seconds_before = payload["iteration"], payload["seconds"]
-    elif folder:
+    payload = read_checkpoint(path) if path else {}
+    if path and payload.get("tokenizer_hash") != tokenizer.hash():
+        raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
+    if path and payload.get("config") != dataclasses.asdict(model_config):
+        raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
+    if folder and not path:
         say(f"{folder}: no checkpoint yet, so from the beginning")
-    resumed_at = step if path else -1
+    step, resumed_at, seconds_before = payload.get("iteration", 0), payload.get("iteration"), payload.get("seconds", 0)
     torch.manual_seed(config.seed)  # the same parameters on every rank
     context, spread = ContextParallel(place.context_parallel), None
     if context.size > 1:
         spread = context.attention(lambda q, k, v, **places: make_attention(model_config.attention, **places)(q, k, v))
-    module = model = TransformerLM(model_config, attention=spread).to(device)
+    model = TransformerLM(model_config, attention=spread).to(device)
     if config.compile:
         model.compile()
     make_groups = partial(parameter_groups, weight_decay=config.weight_decay, muon=config.optimizer == "muon")
     optimizer_class, options = {"adamw": AdamW, "muon": Muon}[config.optimizer], {"betas": (0.9, config.beta2)}
-    try:
-        if place.shard_opt == "none":
-            optimizer = optimizer_class(make_groups(model), **options)
-        else:
-            module, optimizer = shard(model, place.shard_opt, make_groups, optimizer_class, **options,
-                                      compute_dtype=dtype if sharded and dtype != torch.float32 else None)
-        if ranks.world_size > 1 and not sharded:
-            module = wrap(model, place.ddp, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
-        if path:
-            load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
-    except ValueError as error:  # what does not go together, or not with the checkpoint
-        raise UserError(str(error)) from None
+    if place.shard_opt == "none":
+        optimizer = optimizer_class(make_groups(model), **options)
+    else:
+        module, optimizer = shard(model, place.shard_opt, make_groups, optimizer_class, **options,
+                                  compute_dtype=dtype if sharded and dtype != torch.float32 else None)
+    if not sharded:  # one process alone gets a wrapper that does nothing
+        mode = "naive" if place.ddp == "none" else place.ddp
+        module = wrap(model, mode, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
     if path:
+        load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
         scaler.load_state_dict(payload["scaler"])
         torch.set_rng_state(payload["rng"])  # though every step seeds its own
     del payload  # its tensors live in the model and the optimizer now
@@ -847,33 +765,29 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                        "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
         folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir, description),
                            "making the run's folder")
-        if ranks.rank == 0:
-            log = RunLog(folder, resume_at=resumed_at, wandb=place.wandb)
+        log = RunLog(folder, resume_at=step if path else -1, to_wandb=place.wandb) if ranks.rank == 0 else None
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads")
     say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
-        f"{model_config.context_length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
+        f"{length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
     received: list[int] = []
     def note(number: int, frame) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     span, profiler = torch.profiler.record_function, None  # names that --profile sums up
     if place.profile:
         config.max_steps, profiler = 8, torch.profiler.profile()
-
     def tell(values: dict) -> None:
         line = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds, **values}
         say(progress_line(line, config.max_steps, validation.floor))
         if log is not None:
             log.write(line)
-
     started = interval_started = time.perf_counter()
-    tokens_per_step, interval_tokens = config.batch_size * model_config.context_length, 0
+    interval_tokens = 0
     module.train()
     while True:
         # Between two steps: evaluate, save, stop.
@@ -891,7 +805,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             if not all(p.isfinite().all() for p in states[0].values()):
                 raise UserError(f"step {step}: the parameters are not finite, nothing was saved: lower --lr")
             if log is not None:
-                write_checkpoint(*states, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
+                save_checkpoint(*states, step, folder / f"checkpoint_{step:08d}.pt", seconds=seconds,
                                  scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                                  tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
                                  tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state(),
@@ -916,8 +830,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             s = context.team * config.grad_accum_steps + micro
             rows = slice(s * config.batch_size // num_slices, (s + 1) * config.batch_size // num_slices)
             rng = np.random.default_rng((config.seed, step if recording else 1))
-            inputs, targets = get_batch(train_tokens, config.batch_size, model_config.context_length, device, rng=rng,
-                                        rows=rows, starts=starts, vocab_size=model_config.vocab_size)  # (B, T)
+            inputs, targets = get_batch(train_tokens, config.batch_size, length, device, rng=rng, rows=rows,
+                                        starts=starts, vocab_size=model_config.vocab_size)  # (B, T)
             places = places_of(inputs)
             if context.size > 1:
                 inputs, targets, *split = context.begin(inputs, targets, **places)
@@ -925,7 +839,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             seeds = np.random.SeedSequence((config.seed, step, s * context.size + context.index))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # for dropout: where training stands
             sending = micro == config.grad_accum_steps - 1  # gradients add up here; the last backward sends them
-            with contextlib.nullcontext() if sending or not hasattr(module, "no_sync") else module.no_sync():
+            with contextlib.nullcontext() if sending else module.no_sync():
                 with span("forward"), autocast():
                     micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
                     micro_loss = micro_loss / config.grad_accum_steps
@@ -933,19 +847,17 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 with span("backward"):
                     scaler.scale(micro_loss + balancing).backward()
             losses.append(micro_loss.detach())
-        if hasattr(module, "finish_gradient_synchronization"):
-            with span("gradients of the other processes"):
-                module.finish_gradient_synchronization()
+        with span("gradients of the other processes"):
+            module.finish_gradient_synchronization()
         scaler.unscale_(optimizer)
-        norm = (clip_sharded if sharded else clip_gradients)(module.parameters(), config.grad_clip)
+        norm = (clip_sharded if sharded else clip_gradients)(model.parameters(), config.grad_clip)
         telling = step % config.log_interval == 0 or step in (1, config.max_steps)
         looking = telling or config.skip_nonfinite or device.type == "cpu"  # on a GPU a look waits for the step's end
         if looking and not scaler.is_enabled() and not math.isfinite(norm.item()):
-            bad = (name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            bad = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
             what = f"step {step}: the gradient of {next(bad, 'a parameter on another process')} is not finite"
             if not config.skip_nonfinite:
-                raise UserError(f"{what}; no checkpoint holds it: lower --lr or raise --warmup_steps, and go on with "
-                                f"--resume, or add --skip_nonfinite")
+                raise UserError(f"{what}; no checkpoint holds it: start again with a lower --lr or --skip_nonfinite")
             say(f"{what}, the step is passed over")
             continue
         with span("optimizer"):
@@ -971,12 +883,12 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
 
     if profiler:
         profiler.stop()
-        Path(place.out_dir).mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace := Path(place.out_dir) / f"trace_{ranks.rank}.json"))
+        trace = Path(place.out_dir, f"trace_{ranks.rank}.json")
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
         parts = {row.key: row for row in profiler.key_averages()}
         for name in ("forward", "backward", "gradients of the other processes", "optimizer"):
-            if name in parts:
-                say(f"{name:<34}{max(parts[name].cpu_time_total, parts[name].device_time_total) / 5000:9.1f} ms a step")
+            say(f"{name:<34}{max(parts[name].cpu_time_total, parts[name].device_time_total) / 5000:9.1f} ms a step")
         say(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
         say(f"trace: {trace}, to be opened in ui.perfetto.dev")
     if log is not None:
@@ -1007,7 +919,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
-        if not isinstance(error, UserError | OSError | RankFailure):  # no sentence for the user: shows where it broke
+        if not isinstance(error, ValueError | OSError | RankFailure):  # no sentence for the user: show where it broke
             raise
         raise SystemExit(2) from None
     finally:

@@ -40,14 +40,11 @@ TINY = dict(vocab_size=61, context_length=12, d_model=32, num_layers=2, num_head
 TEXT = "".join(f"The {a} {b} sat on the {c}. " for a in ("old", "red", "wet") for b in ("cat", "dog") for c in
                ("mat", "log", "roof")) * 12
 
-
 def tiny_model(seed: int = 0) -> TransformerLM:
     torch.manual_seed(seed)
     return TransformerLM(ModelConfig(**TINY))
 
-
 # --- The loss ---
-
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), ()])
 def test_cross_entropy_equals_torch(shape):
@@ -63,7 +60,6 @@ def test_cross_entropy_equals_torch(shape):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ours.grad, theirs.grad)
 
-
 def test_cross_entropy_is_stable():
     """Scores of +-1e4 give the exact loss where exp would overflow, and bfloat16 scores are summed in float32."""
     logits = torch.tensor([[1e4, -1e4, 0.0]])
@@ -71,7 +67,6 @@ def test_cross_entropy_is_stable():
     assert cross_entropy(logits, torch.tensor([1])).item() == 2e4
     flat = torch.zeros(1, 10_000, dtype=torch.bfloat16)
     assert cross_entropy(flat, torch.tensor([3])).item() == pytest.approx(math.log(10_000), rel=1e-6)
-
 
 @pytest.mark.parametrize("chunk", [1, 5, 17, 400])
 def test_loss_and_head_in_one_pass(chunk):
@@ -87,7 +82,6 @@ def test_loss_and_head_in_one_pass(chunk):
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad)
 
-
 def test_loss_and_head_keep_no_logits():
     """Nothing of the size of the logits is kept for the backward pass, and under autocast the products are bfloat16."""
     hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(999, 16, requires_grad=True)
@@ -102,9 +96,7 @@ def test_loss_and_head_keep_no_logits():
     loss.backward()
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
 
-
 # --- The optimizer ---
-
 
 def test_adamw_is_torchs_to_the_last_bit():
     """25 steps over two groups, one parameter without gradients now and then: the same bits as torch.optim.AdamW."""
@@ -127,7 +119,6 @@ def test_adamw_is_torchs_to_the_last_bit():
     for p, q in zip(ours, theirs):
         assert torch.equal(p, q), f"largest difference {(p - q).abs().max().item()}"
 
-
 def test_adamw_state_survives_a_round_trip():
     """Saving and loading the state in mid-run changes no later bit, and the step count stays an int."""
     def steps(optimizer, p, first, last):
@@ -146,7 +137,6 @@ def test_adamw_state_survives_a_round_trip():
     assert torch.equal(p, q)
     assert second_half.state[q]["step"] == 8
 
-
 def test_adamw_decays_where_the_gradient_is_zero():
     """Decay uses the base rate and applies to zero gradients; a parameter whose grad is None is left alone."""
     p, q = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
@@ -154,14 +144,12 @@ def test_adamw_decays_where_the_gradient_is_zero():
     AdamW([p, q], lr=0.1, weight_decay=0.5).step()
     assert torch.equal(p, torch.full((3,), 0.95)) and torch.equal(q, torch.ones(3))
 
-
 def test_adamw_refuses_nonsense():
     """A negative rate or a beta of 1 is a ValueError."""
     with pytest.raises(ValueError, match="lr"):
         AdamW([torch.nn.Parameter(torch.ones(1))], lr=-1.0)
     with pytest.raises(ValueError, match="betas"):
         AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, 1.0))
-
 
 def test_orthogonalize_keeps_directions_and_evens_out_their_sizes():
     """Singular values of wide, tall and batched matrices go to 0.7 ... 1.2; the singular vectors stay (float64 SVD)."""
@@ -174,7 +162,6 @@ def test_orthogonalize_keeps_directions_and_evens_out_their_sizes():
         values = new.diagonal(dim1=-2, dim2=-1)
         assert values.min() > 0.65 and values.max() < 1.25, values
         assert (new - torch.diag_embed(values)).abs().max() < 1e-10
-
 
 def test_muon_equals_torchs():
     """Five steps on matrices follow torch.optim.Muon with the same scaling, up to its bfloat16; the rest is AdamW."""
@@ -195,7 +182,6 @@ def test_muon_equals_torchs():
         torch.testing.assert_close(p, q, atol=0.02 * 0.2 * 5 * 0.15, rtol=0)  # 15 % of the way that five steps go
     assert torch.equal(ours[3], theirs[3])
 
-
 def test_muon_takes_the_matrices_inside_the_blocks():
     """Matrices of blocks go to Muon; embedding, head and gains stay with AdamW; every parameter is in one group."""
     model = tiny_model()
@@ -205,9 +191,7 @@ def test_muon_takes_the_matrices_inside_the_blocks():
     assert muon == {name for name in names.values() if ".attn." in name or ".ffn." in name}
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
 
-
 # --- Learning rate and clipping ---
-
 
 def test_schedule_has_exact_ends():
     """0 at step 0, exactly max at the end of warm-up, exactly min at the end of the cosine and after it."""
@@ -216,13 +200,12 @@ def test_schedule_has_exact_ends():
     assert lr[30] == pytest.approx((0.7 + 0.07) / 2)
     assert all(a < b for a, b in zip(lr[:10], lr[1:11])) and all(a > b for a, b in zip(lr[10:50], lr[11:51]))
 
-
 def test_schedule_without_warmup_or_cosine():
     """warmup_iters 0 starts at max; a cosine of no length falls from max to min in one step, without dividing by 0."""
     assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0
     assert get_lr_cosine_schedule(5, 1.0, 0.1, 5, 5) == 1.0
     assert get_lr_cosine_schedule(6, 1.0, 0.1, 5, 5) == 0.1
-
+    assert 1e-3 + (1e-2 - 1e-3) != 1e-2 == get_lr_cosine_schedule(5, 1e-2, 1e-3, 5, 9), "max, where it could be rounded"
 
 @pytest.mark.parametrize("limit", [0.5, 1e3])
 def test_clipping_equals_torch(limit):
@@ -242,9 +225,7 @@ def test_clipping_equals_torch(limit):
         assert limit < 1 or torch.equal(p.grad, unclipped), "below the limit nothing may change, not even a rounding"
     assert clip_gradients([], 1.0).item() == 0
 
-
 # --- Batches ---
-
 
 def test_batches_are_windows_and_their_successors(tmp_path):
     """Targets are the inputs moved by one, from a memory map of uint16; every start can come up, the last one too."""
@@ -255,13 +236,11 @@ def test_batches_are_windows_and_their_successors(tmp_path):
     assert torch.equal(inputs + 1, targets)
     assert set(inputs[:, 0].tolist()) == set(range(1000, 1018)), "n - T = 18 starts, the last target is the last token"
 
-
 def test_ranks_read_disjoint_rows_of_one_batch():
     """The rows that two ranks read are together the batch that one process reads."""
     tokens = np.arange(10_000, dtype=np.uint16)
     read = lambda rows: get_batch(tokens, 8, 4, "cpu", rng=np.random.default_rng((7, 3)), rows=rows)[0]  # noqa: E731
     assert torch.equal(torch.cat([read(slice(0, 4)), read(slice(4, 8))]), read(slice(None)))
-
 
 def test_batches_from_too_little():
     """A corpus shorter than a window is one sentence; a device that is not there is an error, not a fallback."""
@@ -270,9 +249,7 @@ def test_batches_from_too_little():
     with pytest.raises((RuntimeError, AssertionError)):
         get_batch(np.arange(50, dtype=np.uint16), 2, 5, "no_such_device")
 
-
 # --- Checkpoints ---
-
 
 def trained_pair(seed: int = 0):
     model = tiny_model(seed)
@@ -281,7 +258,6 @@ def trained_pair(seed: int = 0):
     cross_entropy(model(x), x).backward()
     optimizer.step()
     return model, optimizer
-
 
 @pytest.mark.parametrize("kind", ["path", "file object"])
 def test_checkpoint_round_trip(tmp_path, kind):
@@ -299,7 +275,6 @@ def test_checkpoint_round_trip(tmp_path, kind):
         assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"]
     assert [path.name for path in tmp_path.iterdir()] == (["c.pt"] if kind == "path" else [])
 
-
 def test_checkpoint_names_are_the_models_own(tmp_path):
     """A compiled or wrapped model saves under plain names, and such a checkpoint loads into a wrapped one."""
     class Wrapper(torch.nn.Module):
@@ -312,6 +287,12 @@ def test_checkpoint_names_are_the_models_own(tmp_path):
     assert set(read_checkpoint(tmp_path / "c.pt")["model"]) == set(model.state_dict())
     assert load_checkpoint(tmp_path / "c.pt", Wrapper(tiny_model(1)), None) == 1
 
+def test_a_compiled_run_saves_plain_names(corpus, tmp_path):
+    """--compile changes no name in the checkpoint and, run eagerly, no bit: it loads into a model as it is."""
+    with torch.compiler.set_stance("force_eager"):
+        train.main(flags(corpus, tmp_path, "--compile", "--max_steps=2", "--run_name=compiled"))
+    train.main(flags(corpus, tmp_path, "--max_steps=2", "--run_name=plain"))
+    assert_equal_runs(final_state(tmp_path, "plain"), final_state(tmp_path, "compiled"))
 
 def test_damaged_checkpoint_is_refused(tmp_path):
     """A flipped bit in the stored weights, a cut file, a foreign file and another model: one sentence each."""
@@ -334,16 +315,13 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="another model"):
         load_checkpoint(path, other, None)
 
-
 # --- Whole runs ---
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "cats.txt").write_text(TEXT, encoding="utf-8")
     return folder
-
 
 def flags(corpus: Path, out: Path, *more: str) -> list[str]:
     common = dict(dataset=corpus / "cats.txt", data_dir=corpus / "data", out_dir=out, vocab_size=256, context_length=12,
@@ -352,10 +330,8 @@ def flags(corpus: Path, out: Path, *more: str) -> list[str]:
     typed = {item.split("=")[0].removeprefix("--") for item in more}
     return [f"--{name}={value}" for name, value in common.items() if name not in typed] + list(more)
 
-
 def final_state(out: Path, name: str = "cats-1") -> dict:
     return read_checkpoint(latest_checkpoint(out / name))
-
 
 def assert_equal_runs(a: dict, b: dict) -> None:
     assert a["iteration"] == b["iteration"], f"{a['iteration']} steps against {b['iteration']}"
@@ -364,7 +340,6 @@ def assert_equal_runs(a: dict, b: dict) -> None:
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][key][name]))
                    for name, value in state.items()), f"optimizer state {key} differs"
-
 
 def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     """The folder holds config, tokenizer, log and the last two checkpoints; the log's keys are the documented ones."""
@@ -390,7 +365,6 @@ def test_a_run_learns_and_writes_what_it_promises(corpus, tmp_path, capsys):
     assert "sample.py --run" in printed
     assert all(len(line) <= 100 for line in printed.splitlines() if line.startswith("step"))
 
-
 @pytest.mark.parametrize("more", [("--weight_decay=0.3",),
                                   ("--dropout=0.2", "--grad_accum_steps=2", "--optimizer=muon")])
 def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
@@ -406,7 +380,6 @@ def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
     timeless = lambda lines: [{k: v for k, v in line.items() if "second" not in k} for line in lines]  # noqa: E731
     assert timeless(a) == timeless(b)
 
-
 def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
     """SIGINT in mid-step finishes the step, saves it, prints the command that goes on, and exits with 130."""
     with pytest.raises(SystemExit) as stopped:
@@ -415,7 +388,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
     assert final_state(tmp_path)["iteration"] == 3
     assert "--resume --run_name cats-1" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the caller's handler is back"
-
 
 @pytest.mark.parametrize("optimizer", [("--optimizer=muon",), ("--optimizer=adamw", "--grad_accum_steps=2")])
 def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path, optimizer):
@@ -442,7 +414,6 @@ def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path, optimizer):
              read_log(tmp_path / out / "cats-1" / "log.jsonl")] for out in ("killed", "whole"))
     assert a == b
 
-
 def interrupt_at(step: int, number: int, argv: list[str]) -> None:
     """Run train.main and send ourselves a signal in the middle of the given step."""
     original = train.get_batch
@@ -461,7 +432,6 @@ def interrupt_at(step: int, number: int, argv: list[str]) -> None:
     finally:
         train.get_batch = original
 
-
 def test_accumulation_is_the_same_training(corpus, tmp_path):
     """Two micro-batches of 4 give the losses of one batch of 8, up to rounding."""
     train.main(flags(corpus, tmp_path / "one"))
@@ -469,7 +439,6 @@ def test_accumulation_is_the_same_training(corpus, tmp_path):
     a, b = final_state(tmp_path / "one")["model"], final_state(tmp_path / "two")["model"]
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
-
 
 def test_overfit_one_batch(corpus, tmp_path, capsys):
     """On a single batch the loss goes to nearly zero, and nothing is written."""
@@ -479,7 +448,6 @@ def test_overfit_one_batch(corpus, tmp_path, capsys):
     assert float(last.split("loss")[1].split()[0]) < 0.1, last
     assert not tmp_path.exists() or not list(tmp_path.iterdir())
 
-
 def test_dry_run_allocates_and_writes_nothing(tmp_path, capsys):
     """--dry_run states parameters, memory, tokens and time of a model far too large for this machine, in a moment."""
     folders = [f"--out_dir={tmp_path / 'runs'}", f"--data_dir={tmp_path / 'data'}"]
@@ -487,7 +455,6 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("parameters", "FLOPs", "memory", "tokens", "time"))
     assert not list(tmp_path.iterdir())
-
 
 def test_evaluation_is_the_mean_over_all_windows(corpus, tmp_path):
     """The logged validation loss equals a loop over the text, one window and one token at a time."""
@@ -505,14 +472,13 @@ def test_evaluation_is_the_mean_over_all_windows(corpus, tmp_path):
     assert len(nats) == len(tokens) - 1
     assert logged == pytest.approx(sum(nats) / len(nats), rel=1e-6)
 
-
 def test_stories_are_scored_one_by_one(tmp_path):
     """Nats per byte of built-in stories: each alone after one end-of-text token, its end included; beside the floor."""
     data = prepare("stories", vocab_size=400, data_dir=tmp_path, data_bytes=60_000, num_workers=1, say=str)
     tokenizer = Tokenizer.load(data.tokenizer_dir)
     tokens = load_tokens(data.val_tokens, tokenizer)
     options = dict(batch_size=3, max_tokens=4000, by_document=True)
-    validation = train.validation_set(tokens, tokenizer, context_length=700, **options)
+    validation = train.ValidationSet(tokens, tokenizer, context_length=700, **options)
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**{**TINY, "vocab_size": 400, "context_length": 700})).eval()
     scores = train.evaluate(model, validation, torch.device("cpu"), contextlib.nullcontext, Ranks())
@@ -530,11 +496,9 @@ def test_stories_are_scored_one_by_one(tmp_path):
     assert scores["val_loss"] == pytest.approx(nats / num_tokens, rel=1e-5)
     assert scores["val_bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), rel=1e-5)
     assert validation.floor == pytest.approx(floor / num_bytes, rel=1e-9)
-    assert train.validation_set(tokens, tokenizer, context_length=50, **options).floor is None, "stories do not fit"
-
+    assert train.ValidationSet(tokens, tokenizer, context_length=50, **options).floor is None, "stories do not fit"
 
 # --- Mistakes ---
-
 
 @pytest.mark.parametrize("more, said", [
     (("--d_model=30",), "num_heads"),
@@ -562,7 +526,6 @@ def test_mistakes_are_one_sentence(corpus, tmp_path, capsys, more, said):
     assert error.startswith("train.py: ") and error.count("\n") == 1 and said in error, error
     assert not list((tmp_path / "out").glob("*"))
 
-
 def test_a_run_is_never_overwritten(corpus, tmp_path, capsys):
     """A taken --run_name is refused; without a name the next free number is taken."""
     train.main(flags(corpus, tmp_path, "--max_steps=1"))
@@ -571,7 +534,6 @@ def test_a_run_is_never_overwritten(corpus, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
     train.main(flags(corpus, tmp_path, "--max_steps=1"))
     assert (tmp_path / "cats-2" / "log.jsonl").exists()
-
 
 def test_resuming_keeps_the_settings(corpus, tmp_path, capsys):
     """A typed flag that differs from the run's is refused by name; max_steps may change, and the log goes on."""
@@ -591,7 +553,6 @@ def test_resuming_keeps_the_settings(corpus, tmp_path, capsys):
         train.main(["--resume", f"--out_dir={tmp_path / 'nowhere'}"])
     assert "no run" in capsys.readouterr().err
 
-
 def test_resuming_without_a_network_finds_the_stories_again(tmp_path, monkeypatch):
     """tinystories that became stories goes on with the same stories and tokenizer: 4 steps equal 2 + resume + 2."""
     def no_network(*args, **kwargs):
@@ -607,7 +568,6 @@ def test_resuming_without_a_network_finds_the_stories_again(tmp_path, monkeypatc
     train.main([*common, *new, f"--out_dir={tmp_path / 'whole'}", "--max_steps=4"])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("data/stories/**/*.*")}
     assert_equal_runs(final_state(tmp_path / "parts", "stories-1"), final_state(tmp_path / "whole", "stories-1"))
-
 
 def test_a_checkpoint_of_another_configuration_is_refused(corpus, tmp_path, capsys):
     """config.json edited to other heads fits every shape, and is still refused; a damaged checkpoint is named."""
@@ -625,12 +585,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(corpus, tmp_path, caps
         train.main([*place, "--device=cpu"])
     assert "not a readable checkpoint" in capsys.readouterr().err
 
-
 def test_a_token_beyond_the_vocabulary_is_refused():
     """A damaged token array is one sentence, not an index error in the embedding."""
     with pytest.raises(UserError, match="beyond the vocabulary"):
         get_batch(np.full(50, 300, dtype=np.uint16), 2, 5, "cpu", vocab_size=256)
-
 
 def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
     """A loss that is not a number ends the run with the step, and no checkpoint holds it."""
@@ -641,7 +599,6 @@ def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
     for path in (tmp_path / "cats-1").glob("checkpoint_*.pt"):
         assert all(value.isfinite().all() for value in read_checkpoint(path)["model"].values()), path
 
-
 def poisoned(monkeypatch, step: int) -> None:
     """Let the batch of one step have a loss that is not a number."""
     original, calls = train.linear_cross_entropy, []
@@ -651,7 +608,6 @@ def poisoned(monkeypatch, step: int) -> None:
         return original(*args, **kwargs) * (float("nan") if len(calls) == step else 1.0)
 
     monkeypatch.setattr(train, "linear_cross_entropy", loss)
-
 
 def test_a_step_that_is_not_finite(corpus, tmp_path, capsys, monkeypatch):
     """A NaN stops the run at its step and names the first bad tensor; --skip_nonfinite passes the step over."""
@@ -668,7 +624,6 @@ def test_a_step_that_is_not_finite(corpus, tmp_path, capsys, monkeypatch):
     final = final_state(tmp_path / "skip")
     assert final["iteration"] == 10 and all(value.isfinite().all() for value in final["model"].values())
 
-
 def test_a_run_without_a_checkpoint_begins_anew(corpus, tmp_path, capsys):
     """--resume of a run that was killed before its first checkpoint starts it from the beginning, and equals it."""
     train.main(flags(corpus, tmp_path))
@@ -680,7 +635,6 @@ def test_a_run_without_a_checkpoint_begins_anew(corpus, tmp_path, capsys):
     assert_equal_runs(final_state(tmp_path), whole)
     steps = [line["step"] for line in read_log(tmp_path / "cats-1" / "log.jsonl") if "val_loss" in line]
     assert steps == [0, 5, 10]
-
 
 def test_two_runs_into_one_folder(corpus, tmp_path, capsys):
     """A folder that another process writes is refused; a process that is gone leaves no lock behind."""
@@ -699,7 +653,6 @@ def test_two_runs_into_one_folder(corpus, tmp_path, capsys):
     train.main(resume)
     assert final_state(tmp_path)["iteration"] == 12
 
-
 def test_report_of_runs(corpus, tmp_path, capsys):
     """--report sorts runs by their last validation loss and names the settings that differ; --plot draws them."""
     for name, lr in (("slow", 1e-5), ("quick", 1e-2)):
@@ -715,7 +668,6 @@ def test_report_of_runs(corpus, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = train.plot_runs([tmp_path / "slow", tmp_path / "quick"], tmp_path / "runs.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
-
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 def test_experts_are_logged(corpus, tmp_path, balance):
@@ -733,7 +685,6 @@ def test_experts_are_logged(corpus, tmp_path, balance):
     train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
     assert_equal_runs(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
 
-
 def test_profile(corpus, tmp_path, capsys):
     """--profile times forward, backward and optimizer, writes a trace with these names, and leaves no run."""
     train.main(flags(corpus, tmp_path, "--profile"))
@@ -744,7 +695,6 @@ def test_profile(corpus, tmp_path, capsys):
         assert re.search(rf"^{part} +\d+\.\d ms a step$", out, re.M), out
         assert named.count(part) == 5, f"{part} is {named.count(part)} times in the trace"
     assert not (tmp_path / "cats-1").exists()
-
 
 def test_arithmetic_is_scored_by_whole_answers():
     """exact_match is the share of problems that greedy generation solves to the letter, told from brute force."""
@@ -763,7 +713,7 @@ def test_arithmetic_is_scored_by_whole_answers():
             return table[ids]
 
     ids = np.array([token for text in texts for token in [*text.encode(), 256]] + [97], dtype=np.uint16)
-    validation = train.validation_set(ids, tokenizer, context_length=20, batch_size=2, max_tokens=1000,
+    validation = train.ValidationSet(ids, tokenizer, context_length=20, batch_size=2, max_tokens=1000,
                                       by_document=True, question_end=10)
     scores = train.evaluate(Machine(), validation, torch.device("cpu"), contextlib.nullcontext, Ranks())
 
@@ -776,9 +726,7 @@ def test_arithmetic_is_scored_by_whole_answers():
 
     assert scores["exact_match"] == sum(map(solves, texts)) / len(texts) == 0.6
 
-
 # --- Several processes ---
-
 
 def torchrun(num_processes: int, *argv: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
@@ -786,17 +734,14 @@ def torchrun(num_processes: int, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, "train.py", *argv], capture_output=True, text=True, timeout=120,
                           env=environment, cwd=Path(__file__).parent.parent)
 
-
 def on_one_thread(argv: list[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train.main(argv)
     torch.set_num_threads(threads)
 
-
 def losses(out: Path, name: str = "cats-1") -> list[float]:
     return [line["train_loss"] for line in read_log(out / name / "log.jsonl") if "train_loss" in line]
-
 
 @pytest.mark.parametrize("num_processes, more", [(2, ("--dropout=0.1",)), (4, ("--ordered",))])
 def test_processes_equal_micro_batches(corpus, tmp_path, num_processes, more):
@@ -806,7 +751,6 @@ def test_processes_equal_micro_batches(corpus, tmp_path, num_processes, more):
     on_one_thread(flags(corpus, tmp_path / "one", f"--grad_accum_steps={num_processes}", *more))
     assert_equal_runs(final_state(tmp_path / "one"), final_state(tmp_path / "many"))
     assert losses(tmp_path / "one") == losses(tmp_path / "many")
-
 
 def test_resuming_on_another_number_of_processes(corpus, tmp_path):
     """Stopped on one process with two micro-batches, resumed on two with one each: the losses of one process."""
@@ -828,7 +772,6 @@ def test_resuming_on_another_number_of_processes(corpus, tmp_path):
     assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr[-2000:]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
-
 def test_shards_of_every_kind(corpus, tmp_path):
     """Two processes with zero1, zero2 or fsdp train the bits of one, and go on with each other's checkpoints."""
     options = ("--optimizer=muon", "--max_steps=9", "--grad_clip=100")  # a norm over shards is added in another order
@@ -848,14 +791,12 @@ def test_shards_of_every_kind(corpus, tmp_path):
     assert_equal_runs(final_state(tmp_path / "many"), final_state(tmp_path / "one"))
     assert losses(tmp_path / "many") == losses(tmp_path / "one")
 
-
 def test_what_does_not_go_together_is_one_sentence(corpus, tmp_path):
     """Muon with torch_fsdp is refused in one sentence with exit code 2, without a traceback."""
     done = torchrun(2, *flags(corpus, tmp_path, "--optimizer=muon", "--shard_opt=torch_fsdp"))
     told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode != 0 and told and all("take --shard_opt fsdp" in line for line in told), done.stderr
     assert "line" not in "".join(line for line in done.stderr.splitlines() if "train.py" in line and "File" in line)
-
 
 def test_context_parallel_run(corpus, tmp_path):
     """--context_parallel 2 with --doc_mask: two processes on each sequence have the losses of one, to 1e-5."""
@@ -871,12 +812,10 @@ def test_context_parallel_run(corpus, tmp_path):
     train.main([*run[:-1], "--run_name=open"])
     assert losses(tmp_path / "one", "open") != pytest.approx(one, abs=1e-3), "--doc_mask changed nothing"
 
-
 def test_two_processes_without_ddp_are_refused(corpus, tmp_path):
     """Several processes with --ddp none would train apart: refused in one sentence by every rank."""
     done = torchrun(2, *flags(corpus, tmp_path))
     assert done.returncode != 0 and "add --ddp bucketed" in done.stderr
-
 
 def test_doctests():
     """The worked examples in the docstrings are true."""
