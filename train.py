@@ -296,7 +296,7 @@ def read_checkpoint(src) -> dict:
     except FileNotFoundError:
         raise UserError(f"{src}: there is no such checkpoint") from None
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it; the one before is taken") from error
+        raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it to use the one before") from error
 
 def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
