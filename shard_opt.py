@@ -265,10 +265,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]
 
 # --- 4. ZeRO-1: each rank steps its own rows ---
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode:
-
-        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
-
+    """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode.
     Inside is an ordinary optimizer, `local`, over this rank's rows. Its step changes these, in the parameters' buffer,
     and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank."""
 
@@ -326,13 +323,8 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
         yield from blocks_of(child) if is_list else [child]
 
 class FSDP(DDPNaive):
-    """Fully sharded data parallelism: of parameters, gradients and optimizer state each rank holds 1/W.
-
-        model = FSDP(module)
-        optimizer = AdamW(model.parameters(), lr=1e-3)    # over shards: any optimizer that treats rows apart
-        loss(model(x)).backward()
-        model.finish_gradient_synchronization()
-        optimizer.step()
+    """Fully sharded data parallelism: of parameters, gradients and optimizer state each rank holds 1/W. The optimizer
+    is an ordinary one over parameters(), which are the shards; finish_gradient_synchronization() precedes its step.
 
     A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
     gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Parameters
