@@ -12,18 +12,15 @@ sum x, the residual stream, is the only road between them.
     python model.py --preset 7b --batch_size 1     # one preset in exact numbers
 
     FLOPs per token of the forward pass (training: 3 times as many)
-    in millions  projections  attention       ffn    head      total
-    baseline            8.39       2.10     16.52   10.24      37.24
+    in millions     projections       attention             ffn            head           total
+    baseline               8.39            2.10           16.52           10.24           37.24
 
-Shapes in comments: B batch, T queries (the new tokens), S keys, H heads, G key/value heads, D head dimension,
-C d_model, F d_ff, V vocabulary, E experts, K experts of a token, N tokens.
+Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head dimension, C d_model, F d_ff, V vocab_size.
 
-Contents
-    1. Configuration and presets                                       6. The cache for decoding
-    2. The functions: softmax, silu, attention by its definition       7. Self-attention, block, language model
-    3. The layers: linear, embedding, norm, feed-forward, rotary       8. What it costs: parameters, FLOPs, memory
-    4. A mixture of experts                                            9. Command line
-    5. The mask rule, and attention faster
+    1. Configuration and presets                                       5. The cache for decoding
+    2. The functions: softmax, silu, attention by its definition       6. Self-attention, block, language model
+    3. The layers: linear, embedding, norm, feed-forward, rotary       7. What it costs: parameters, FLOPs, memory
+    4. Attention faster, and for packed documents                      8. Command line
 """
 
 import argparse
@@ -48,7 +45,6 @@ def option(default, help: str, choices: tuple[str, ...] | None = None, **more):
 @dataclass
 class ModelConfig:
     """Everything that decides the shape of the model; a ValueError says what clashes. Defaults: the baseline preset."""
-
     vocab_size: int = option(10_000, "tokens in the vocabulary, bytes and special tokens included")
     context_length: int = option(256, "tokens that the model sees at once")
     d_model: int = option(512, "width of the residual stream")
@@ -65,18 +61,10 @@ class ModelConfig:
     tie_embeddings: bool = option(False, "one matrix for token embeddings and output head")
     attention: str = option("auto", "who computes attention", ("auto", "naive", "sdpa", "flash"))
     doc_mask: bool = option(False, "a token sees its own document only, in which positions start at 0")
-    num_experts: int = option(0, "feed-forward networks of width d_ff of which each token takes a few (0: one for all)")
-    experts_per_token: int = option(2, "experts that a token takes")
-    shared_experts: int = option(0, "experts beside them that every token takes")
-    moe_every: int = option(1, "every n-th block has experts, the others one network")
-    balance: str = option("loss", "how experts are kept busy: auxiliary loss, or a bias that follows the load",
-                          ("loss", "bias", "none"))
-    balance_rate: float | None = option(None, "weight of that loss, step of that bias (none: 0.01, 0.001)")
     checkpoint_activations: bool = option(False, "keep only each block's input, compute the rest again in the backward")
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads is None:
-            self.num_kv_heads = self.num_heads
+        self.num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if self.d_ff is None and isinstance(self.d_model, int):
             # A gate is a third matrix: 8/3 d_model instead of 4 keeps the parameters equal; hardware likes 64s.
             self.d_ff = 64 * max(1, (self.d_model + 12) // 24) if self.ffn == "swiglu" else 4 * self.d_model
@@ -85,42 +73,24 @@ class ModelConfig:
         for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self)):
             if choices and getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        heads = f"num_heads {self.num_heads}"
+        width, heads, kv_heads = (f"{name} {getattr(self, name)}" for name in ("d_model", "num_heads", "num_kv_heads"))
         if self.d_model % self.num_heads:
-            raise ValueError(f"d_model {self.d_model} is not divisible by {heads}: choose a multiple of it")
+            raise ValueError(f"{width} is not divisible by {heads}: choose a multiple of it")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{heads} is not divisible by num_kv_heads {self.num_kv_heads}: choose a divisor of it")
+            raise ValueError(f"{heads} is not divisible by {kv_heads}: choose a divisor of it")
+        self.head_dim = self.d_model // self.num_heads
         if self.pos == "rope" and self.head_dim % 2:
-            raise ValueError(f"d_model {self.d_model} / {heads} = {self.head_dim} is odd: pos rope needs pairs")
+            raise ValueError(f"{width} / {heads} = {self.head_dim} is odd: pos rope needs pairs")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
-        if self.balance_rate is None:
-            self.balance_rate = 0.001 if self.balance == "bias" else 0.01
-        if self.num_experts:
-            for name in ("num_experts", "experts_per_token", "moe_every"):
-                require_positive(name, getattr(self, name))
-            if self.experts_per_token > self.num_experts or self.moe_every > self.num_layers:
-                raise ValueError(f"experts_per_token {self.experts_per_token} of num_experts {self.num_experts}, "
-                                 f"moe_every {self.moe_every} of num_layers {self.num_layers}: too many")
-            if self.ffn != "swiglu" or self.shared_experts < 0 or not self.balance_rate >= 0:
-                raise ValueError("experts need ffn swiglu, and shared_experts and balance_rate of at least 0")
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.num_heads
-
-    @property
-    def moe_layers(self) -> list[int]:
-        return [i for i in range(self.num_layers) if self.num_experts and (i + 1) % self.moe_every == 0]
 
 def require_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
-
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
 # rotary and the feed-forward network is gated. 10m to 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
@@ -158,7 +128,6 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     """softmax(q k^T / sqrt(D)) v ("Attention Is All You Need", equation 1): every query takes a weighted mean of v.
     q (..., T, D), k (..., S, D), v (..., S, Dv), mask broadcastable to (..., T, S), True where a query may look.
     Returns (..., T, Dv). A query that may look nowhere gets zeros.
-
     >>> q, v = torch.zeros(3, 2), torch.tensor([[3.0], [6.0], [9.0]])  # all scores are equal, and so all weights
     >>> scaled_dot_product_attention(q, q, v, torch.ones(3, 3, dtype=torch.bool).tril()).flatten()
     tensor([3.0000, 4.5000, 6.0000])
@@ -181,7 +150,6 @@ class Linear(nn.Module):
     """y = x W^T with W (out_features, in_features), no bias.
     The variance 2 / (in + out) is Glorot's: between 1/in, which preserves the scale of activations on the way
     forward, and 1/out, which preserves that of gradients on the way back."""
-
     def __init__(self, in_features: int, out_features: int, *, std: float | None = None) -> None:
         super().__init__()
         std = math.sqrt(2 / (in_features + out_features)) if std is None else std
@@ -198,7 +166,6 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """One row of `embedding_dim` numbers for each of `num_embeddings` ids, looked up by index."""
-
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.weight = truncated_normal(num_embeddings, embedding_dim, std=1.0)
@@ -209,7 +176,6 @@ class Embedding(nn.Module):
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019): LayerNorm, no centring."""
-
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -223,7 +189,6 @@ class RMSNorm(nn.Module):
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020, "GLU Variants"): w3 proposes d_ff features, w1 decides how much of each."""
-
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.w1 = Linear(d_model, d_ff)  # gate
@@ -233,17 +198,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(silu(self.w1(x)) * self.w3(x))  # (..., C) -> (..., F) -> (..., C)
 
-def relu2(x: Tensor) -> Tensor:
-    return torch.relu(x).square()  # ("Primer", So et al. 2021)
-
 class FeedForward(nn.Module):
-    """w2(activation(w1 x)): the ungated network of the first Transformers."""
-
+    """w2(activation(w1 x)): the ungated network of the first Transformers; relu2 is relu squared (So et al. 2021)."""
     def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
         self.w1 = Linear(d_model, d_ff)  # up
         self.w2 = Linear(d_ff, d_model)  # down
-        self.activation = {"silu": silu, "relu": torch.relu, "relu2": relu2}[activation]
+        self.activation = {"silu": silu, "relu": torch.relu, "relu2": lambda x: torch.relu(x).square()}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))  # (..., C) -> (..., F) -> (..., C)
@@ -252,12 +213,10 @@ class RotaryPositionalEmbedding(nn.Module):
     """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
     The dot product of two turned vectors depends only on the difference of their positions: "three tokens ago". Pairs
     are neighbours; Hugging Face's Llama pairs i with i + d_k/2, the same model with rows of q_proj and k_proj permuted.
-
     >>> rope = RotaryPositionalEmbedding(theta=10_000.0, d_k=2, max_seq_len=8)
     >>> rope(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))     # turned by 1 radian: (cos 1, sin 1)
     tensor([[0.5403, 0.8415]])
     """
-
     def __init__(self, theta: float, d_k: int, max_seq_len: int) -> None:
         super().__init__()
         assert d_k % 2 == 0, f"d_k must be even to be turned in pairs, got {d_k}"
@@ -285,151 +244,61 @@ class RotaryPositionalEmbedding(nn.Module):
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
 
-# --- 4. A mixture of experts ---
-def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """The definition: every expert's SwiGLU of the tokens that chose it, times their gates, added up.
-    x (N, C), chosen and gates (N, K), w1 and w3 (E, F, C), w2 (E, C, F). Returns (N, C)."""
-    out = torch.zeros_like(x)  # (N, C)
-    for expert in range(len(w1)):
-        token, place = (chosen == expert).nonzero(as_tuple=True)  # the tokens that took it, and as which choice
-        y = (silu(x[token] @ w1[expert].T) * (x[token] @ w3[expert].T)) @ w2[expert].T  # (tokens, C)
-        out = out.index_add(0, token, (y * gates[token, place, None]).to(x.dtype))  # (N, C)
-    return out
-
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, C) in E groups of rows, the e-th ending before row ends[e], times weight (E, F, C)^T: (M, F).
-    One kernel for all groups where torch has it; in half precision on a GPU, it never waits for Python."""
-    if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    rows_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if hasattr(F, "grouped_mm") and rows_aligned and x.element_size() <= 4:
-        return F.grouped_mm(x, weight.mT, offs=ends.int())  # (M, F)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight)])  # (M, F)
-
-def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """The same, faster: sorted by expert, the N K choices are E contiguous groups, however unequal; none is dropped."""
-    num_tokens, k = chosen.shape
-    by_expert, order = chosen.flatten().sort(stable=True)  # (N K,): place in the sorted rows -> choice
-    ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=x.device), right=True)  # (E,)
-    # subtle: copied first, K times each, rows are only permuted after; the gradient of a permutation adds up nothing.
-    # Gathering x[order // K] would add K rows in its backward pass, on CUDA in no fixed order.
-    rows = x[:, None].expand(-1, k, -1).reshape(num_tokens * k, -1).index_select(0, order)  # (N K, C)
-    inner = silu(grouped_product(rows, w1, ends)) * grouped_product(rows, w3, ends)  # (N K, F)
-    y = grouped_product(inner, w2, ends).index_select(0, order.argsort()).view(num_tokens, k, -1)  # (N, K, C)
-    return (gates[:, None].to(y.dtype) @ y)[:, 0]  # (N, 1, K) @ (N, K, C) -> (N, C)
-
-class MixtureOfExperts(nn.Module):
-    """E SwiGLUs, of which a router picks K for each token: parameters grow with E, work with K (Shazeer et al. 2017).
-
-        p = softmax(router x)      y = sum over the K largest p_e of  p_e / (their sum) * expert_e(x)
-
-    Left alone the router feeds those that learn first. Kept in balance by a loss, E sum_e (share of the choices on e,
-    without gradient) (mean p_e), which is 1 when all are equal ("Switch Transformers", equation 4); or without one, by
-    a bias on p that decides the choice but not the gate and steps up where fewer tokens came (Wang et al. 2024)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config, e, c, f = config, config.num_experts, config.d_model, config.d_ff
-        self.router, std = Linear(c, e, std=1 / math.sqrt(c)), math.sqrt(2 / (c + f))
-        self.w1, self.w2, self.w3 = (truncated_normal(e, *size, std=std) for size in ((f, c), (c, f), (f, c)))
-        self.shared = SwiGLU(c, config.shared_experts * f) if config.shared_experts else None
-        self.register_buffer("bias", torch.zeros(e))
-        self.mix, self.switched_off, self.recording = mix_sorted, None, False
-        # What forward notes. Numbers that become tensors: read when asked for, so that no step waits for them.
-        self.balance_loss = self.step_load = self.load = self.entropy = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens, k = x.flatten(0, -2), self.config.experts_per_token  # (N, C)
-        experts = torch.arange(self.config.num_experts, device=x.device)  # (E,)
-        with torch.autocast(x.device.type, enabled=False):  # rounded logits would swap near-equal experts
-            logits = tokens.float() @ self.router.weight.float().T  # (N, E)
-            if self.switched_off is not None:
-                logits = logits.masked_fill(experts == self.switched_off, -torch.inf)
-            p = torch.softmax(logits, dim=-1)  # (N, E)
-            chosen = (p + self.bias.masked_fill(p.detach() == 0, -torch.inf)).topk(k, dim=-1).indices  # (N, K)
-            gates = p.gather(1, chosen)  # (N, K)
-            if k > 1:  # subtle: one gate divided by itself is 1 and would teach the router nothing
-                gates = gates / gates.sum(dim=-1, keepdim=True)
-        load = (chosen.flatten()[:, None] == experts).sum(dim=0)  # (E,): comparisons count without atomics
-        balance_loss = len(experts) * (load / chosen.numel() * p.mean(dim=0)).sum()
-        if self.recording:  # not when a checkpointed block computes it all again
-            self.balance_loss, self.step_load = balance_loss, self.step_load + load * self.training
-            self.load, self.entropy = self.load + load, self.entropy + torch.special.entr(p.detach()).sum()
-        y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
-        return y if self.shared is None else y + self.shared(x)
-
-# --- 5. The mask rule, and attention faster ---
-def attention_mask(positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
-                   kv_segment_ids: Tensor | None = None) -> Tensor:
-    """Which query may look at which key: not at a later position, not into another document, never at padding.
-    positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
-    Returns (1 or B, 1, T, S), the second 1 standing for the heads; True where the query may look.
-
-    >>> attention_mask(torch.arange(3), torch.tensor([7, 7, 8])).int().tolist()
-    [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
-    """
-    kv_positions = positions if kv_positions is None else kv_positions
-    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    mask = torch.atleast_2d(positions)[:, :, None] >= torch.atleast_2d(kv_positions)[:, None, :]  # (1 or B, T, S)
-    if segment_ids is not None:
-        queries = torch.atleast_2d(segment_ids)[:, :, None]  # (1 or B, T, 1)
-        mask = mask & (queries == torch.atleast_2d(kv_segment_ids)[:, None, :]) & (queries != PADDING_SEGMENT_ID)
-    return mask[:, None]  # (1 or B, 1, T, S)
-
+# --- 4. Attention faster, and for packed documents ---
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
     """The attention that all layers of one forward pass share; `is_causal` promises that the mask is the triangle.
-    naive   the definition of section 2 under the mask above: writes the (B, H, T, S) scores to memory, several times
+    positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
+    Who sees whom is flash.visible's to say: nothing later, nothing of another segment, never padding.
+    naive   the definition of section 2: writes the (B, H, T, S) scores to memory, several times
     sdpa    torch's fused kernels: the same numbers without storing scores, and without a mask if `is_causal`
     flash   flash.py: skips the tiles that the mask empties, so that packed documents cost less (needs Triton for that)
     auto    flash on CUDA, else sdpa"""
     if kind == "auto":
         kind = "flash" if positions.is_cuda else "sdpa"
+    if kind == "sdpa" and is_causal:
+        return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    from flash import flash_attention, visible
+    kv_positions = positions if kv_positions is None else kv_positions
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     if kind == "flash":
-        from flash import flash_attention
-
         places = dict(positions=positions, segment_ids=segment_ids)
         places |= dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
         return flash_attention if is_causal else partial(flash_attention, **places)
-    if kind == "sdpa" and is_causal:
-        return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    mask = attention_mask(positions, segment_ids, kv_positions, kv_segment_ids)  # (1 or B, 1, T, S)
-
-    def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Key/value head g serves the query heads g * H/G to (g + 1) * H/G - 1.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
-        return scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
-
+    mask = visible(positions, kv_positions, segment_ids, kv_segment_ids)  # (T, S) or (B, T, S)
+    mask = mask.view(-1, 1, *mask.shape[-2:])  # (1 or B, 1, T, S), the second 1 standing for the heads
     # subtle: what a query without keys gets is left to each fused kernel. It is shown all keys, and cleared after.
     blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
-    shown = mask | blind  # (1 or B, 1, T, S)
+    shown = mask | blind  # (1 or B, 1, T, S), once for all layers
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind == "naive":  # key/value head g serves the query heads g * H/G to (g + 1) * H/G - 1
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
+            return scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, enable_gqa=True)  # (B, H, T, D)
         return out.masked_fill(blind, 0.0)
 
-    return naive if kind == "naive" else sdpa
+    return attend
 
-def document_places(token_ids: Tensor, end_of_text_id: int) -> dict[str, Tensor]:
+def document_places(token_ids: Tensor, end_of_text_id: int, is_padding: Tensor | None = None) -> dict[str, Tensor]:
     """The positions and segment_ids, both (B, T), with which packed documents neither see nor count each other.
-    To be numbered over whole rows of token_ids (B, T), not their parts; end_of_text_id belongs to what it ends."""
+    To be numbered over whole rows of token_ids (B, T), not their parts; end_of_text_id belongs to what it ends.
+    Where is_padding (B, T) is True there is no token, and the next place begins a document."""
     from flash import positions_in_segments, segment_ids_from_tokens
-
-    segment_ids = segment_ids_from_tokens(token_ids, end_of_text_id)
+    segment_ids = segment_ids_from_tokens(token_ids, end_of_text_id)  # (B, T)
+    if is_padding is not None:
+        segment_ids = segment_ids.masked_fill(is_padding, PADDING_SEGMENT_ID)  # (B, T)
     return {"positions": positions_in_segments(segment_ids), "segment_ids": segment_ids}
 
-# --- 6. The cache for decoding ---
+# --- 5. The cache for decoding ---
 class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all: under
     the causal mask nothing that a token computed changes later, and of it later tokens need only its keys and values.
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
-    so that every row is what it would be alone. No gradient passes through what is cached."""
-
+    so that every row is what it would be alone. Length 0 forgets all. No gradient passes through what is cached."""
     def __init__(self, config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, dtype:
                  torch.dtype | None = None) -> None:
         size = (config.num_layers, batch_size, config.num_kv_heads, config.context_length, config.head_dim)
@@ -444,18 +313,13 @@ class KVCache:
         num_layers, _, num_kv_heads, _, head_dim = self.keys.shape
         return 2 * num_layers * num_kv_heads * head_dim * self.keys.element_size()
 
-    def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
-        self.length = 0
-
     def reserve(self, num_rows: int, num_tokens: int, positions: Tensor | None, segment_ids: Tensor | None) -> None:
         """Note position and segment of `num_tokens` more tokens; what is not given continues the row, as segment 0."""
         batch_size, capacity = self.positions.shape
         if num_rows != batch_size:
             raise ValueError(f"the cache was made for {batch_size} rows and got {num_rows}: make one for each batch")
         if self.length + num_tokens > capacity:
-            raise ValueError(f"the cache holds {self.length} tokens and cannot take {num_tokens} more, the context "
-                             f"length is {capacity}: reset it and read the end again")
+            raise ValueError(f"the cache holds {self.length} tokens and cannot take {num_tokens} more: set length to 0")
         new = slice(self.length, self.length + num_tokens)
         self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
         if positions is None:  # padding in front keeps the position -1, where nobody looks, so that a text starts at 0
@@ -470,12 +334,11 @@ class KVCache:
         keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
         return attention(q, keys, values)  # (B, H, T, D)
 
-# --- 7. Self-attention, block, language model ---
+# --- 6. Self-attention, block, language model ---
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
     With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: so much smaller is the
     cache for decoding, and hardly worse the quality."""
-
     def __init__(self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None, rope: RotaryPositionalEmbedding
                  | None = None, qk_norm: bool = False) -> None:
         super().__init__()
@@ -484,8 +347,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.k_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
         self.v_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
         self.output_proj = Linear(d_model, d_model)
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.rope = rope
 
     def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
@@ -502,15 +364,12 @@ class MultiHeadSelfAttention(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
-
-    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None, is_moe: bool = False):
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
         super().__init__()
         c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
         self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
-        dense = SwiGLU if config.ffn == "swiglu" else partial(FeedForward, activation=config.ffn)
-        self.ffn = MixtureOfExperts(config) if is_moe else dense(c, f)
-        self.ln1 = RMSNorm(c) if config.norm != "none" else nn.Identity()
-        self.ln2 = RMSNorm(c) if config.norm != "none" else nn.Identity()
+        self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
+        self.ln1, self.ln2 = (RMSNorm(c) if config.norm != "none" else nn.Identity() for _ in range(2))
         self.dropout = nn.Dropout(config.dropout)
         self.post_norm = config.norm == "post"
 
@@ -526,19 +385,14 @@ class TransformerLM(nn.Module):
     """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1.
     `attention` replaces the local attention, for example by one that spreads a sequence over several processes. It is
     called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads."""
-
     def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.config, self.attention = config, attention
-        rope = None
-        if config.pos == "rope":  # one table serves all layers
-            rope = RotaryPositionalEmbedding(config.rope_theta, config.head_dim, config.context_length)
+        sizes = (config.rope_theta, config.head_dim, config.context_length)
+        rope = RotaryPositionalEmbedding(*sizes) if config.pos == "rope" else None  # one table serves all layers
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(config, rope, i in config.moe_layers)
-                                    for i in range(config.num_layers))
-        self.moe = [(i, self.layers[i].ffn) for i in config.moe_layers]
-        # A post-norm block ends in a norm already.
-        self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()
+        self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()  # post: a block ends in one
         # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, a first loss
         # of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
         std = 1 / (4 * math.sqrt(config.d_model))
@@ -581,93 +435,42 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
-        for _, moe in self.moe:
-            moe.recording = True
         for layer, block in enumerate(self.layers):
             arguments = (x, positions, attend if cache is None else partial(cache.attend, layer, attend))
             again = self.config.checkpoint_activations and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)  # (B, T, C)
-        for _, moe in self.moe:
-            moe.recording = False
         return self.ln_final(x)  # (B, T, C)
 
-    def forward(self, token_ids: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None, cache:
-                KVCache | None = None, head: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (B, T, V), or what `head` makes of hidden states (B, T, C) and lm_head's weight (V, C); the other
-        arguments are those of forward_hidden."""
-        x = self.forward_hidden(token_ids, positions=positions, segment_ids=segment_ids, cache=cache)
+    def forward(self, token_ids: Tensor, *, head: Callable[[Tensor, Tensor], Tensor] | None = None, **places) -> Tensor:
+        """Logits (B, T, V), or what `head` makes of hidden states (B, T, C) and lm_head's weight (V, C). `places` are
+        positions, segment_ids and cache of forward_hidden."""
+        x = self.forward_hidden(token_ids, **places)  # (B, T, C)
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
-    def auxiliary_loss(self) -> Tensor | float:
-        """What balancing adds to the loss of the last forward pass, weighted, told once; 0 without that balance."""
-        total = sum(moe.balance_loss for _, moe in self.moe)
-        for _, moe in self.moe:
-            moe.balance_loss = 0.0  # let go of the graph
-        return self.config.balance_rate * total if self.config.balance == "loss" and self.training else 0.0
-
-    @torch.no_grad()
-    def update_router_biases(self) -> None:
-        """After an optimizer step: experts that got fewer tokens than the mean in it become easier to choose."""
-        for _, moe in self.moe if self.config.balance == "bias" else ():
-            load = torch.as_tensor(moe.step_load, dtype=torch.float32).clone()  # (E,)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(load)  # the same step on every process
-            moe.bias += self.config.balance_rate * torch.sign(load.mean() - load)
-            moe.step_load = 0.0
-
-    def router_statistics(self) -> list[dict]:
-        """Per layer with experts, over the tokens of this process since the last call: each expert's share of the
-        choices; a token's uncertainty (entropy of p over log E); how far the fullest lies above the mean (0: not)."""
-        rows, e, k = [], self.config.num_experts, self.config.experts_per_token
-        for layer, moe in self.moe:
-            if isinstance(moe.load, Tensor):
-                num_choices = moe.load.sum().item()
-                share, entropy = (moe.load.double() / num_choices).tolist(), moe.entropy.item() / (num_choices / k)
-                rows.append({"layer": layer, "load": share, "entropy": entropy / math.log(max(e, 2)),
-                             "violation": max(share) * e - 1})
-            moe.load = moe.entropy = 0.0
-        return rows
-
-    def switch_off_expert(self, layer: int, expert: int | None) -> None:
-        """Keep every token away from one expert of a layer, to see what it was good for; None: all work again."""
-        experts = dict(self.moe)
-        if layer not in experts or expert is not None and not 0 <= expert < self.config.num_experts:
-            raise ValueError(f"layer {layer} has no expert {expert}: the layers with experts are {list(experts)}")
-        experts[layer].switched_off = expert
-
-# --- 8. What it costs: parameters, FLOPs, memory ---
+# --- 7. What it costs: parameters, FLOPs, memory ---
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Number of parameters by part; the sum of the values is the model's.
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
-    c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, len(config.moe_layers)
+    c, kv_width = config.d_model, config.num_kv_heads * config.head_dim
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
-    networks = config.num_layers - num_moe + num_moe * (config.num_experts + config.shared_experts)
-    matrices = 3 if config.ffn == "swiglu" else 2
     return {
         "embeddings": config.vocab_size * c,
         "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
-        "ffn": networks * matrices * c * config.d_ff + num_moe * config.num_experts * c,  # and routers
+        "ffn": config.num_layers * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff,
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
-
-def active_parameters(config: ModelConfig) -> dict[str, int]:
-    """The same of what one token passes through: of the experts only those that it takes."""
-    idle = len(config.moe_layers) * (config.num_experts - config.experts_per_token) * 3 * config.d_model * config.d_ff
-    return {part: number - idle * (part == "ffn") for part, number in count_parameters(config).items()}
 
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
     A product of (m, n) and (n, p) takes m n p multiplications and as many additions; the backward pass makes two more
     for the gradients of its factors, hence 3. All else is left out; scores that the mask hides count as computed.
-
     >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
     """
-    context_length = context_length or config.context_length
-    parameters = active_parameters(config)
+    context_length, parameters = context_length or config.context_length, count_parameters(config)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
         "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v
@@ -675,54 +478,35 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
         "head": 2 * config.vocab_size * config.d_model,
     }
 
-def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None) -> dict[str, int]:
+def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None, chunk: int = 512) -> dict:
     """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
-    Activations are what autograd keeps from the forward for the backward pass. Left out are dropout's masks,
-    temporary buffers, and that autocast keeps some of it in half precision."""
+    Activations are what autograd keeps from the forward for the backward pass. The loss is train.linear_cross_entropy:
+    it keeps the gradients of hidden states and lm_head, and works on the logits of one `chunk` of tokens (512; on a GPU
+    4,096). Left out are dropout's masks, temporary buffers, and that autocast keeps some in half precision."""
     context_length, layers = context_length or config.context_length, config.num_layers
     c, f, kv_width = config.d_model, config.d_ff, config.num_kv_heads * config.head_dim
     tokens, parameters = batch_size * context_length, sum(count_parameters(config).values())
-    # In numbers per token. A norm keeps its input, that over its rms, its result, and 1 / rms.
-    norm = 3 * c + 1
-    # Attention: q, k, v, and its result (the factor of output_proj), and
-    attention = 2 * c + 2 * kv_width
-    if config.attention == "naive":  # the exponentials and the weights of H heads, their sum, k and v repeated,
-        attention += (2 * context_length + 1) * config.num_heads + 2 * (c - kv_width)
-    else:  # or the logarithm of the softmax's denominator alone
-        attention += config.num_heads
+    norm = 3 * c + 1  # numbers per token that a norm keeps: its input, that over its rms, its result, and 1 / rms
+    # Attention: q, k, v, its result (the factor of output_proj), the softmax's denominators or their logarithms.
+    attention = 2 * c + 2 * kv_width + config.num_heads
+    if config.attention == "naive":  # and the exponentials and the weights of H heads, and k and v repeated
+        attention += 2 * context_length * config.num_heads + 2 * (c - kv_width)
     if config.qk_norm:  # q and k before and after the division by their rms
         attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
     # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
-    # K experts: rows before and after; gates, their sum, p; choices, order and its inverse in int64.
-    k, num_moe = config.experts_per_token, len(config.moe_layers)
-    moe = (k + config.shared_experts) * ffn + 2 * k * c + 2 * k + 1 + config.num_experts + 6 * k
     # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
     stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
-    activations = layers * attention + (layers - num_moe) * ffn + num_moe * moe + stream
+    activations = layers * (attention + ffn) + stream
     if config.checkpoint_activations:  # the inputs of all blocks, and one block at a time in full
-        activations = layers * c + attention + (moe if num_moe else ffn) + stream * 3 / (2 * layers + 1)
+        activations = layers * c + attention + ffn + stream * 3 / (2 * layers + 1)
     return {
         "parameters": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
         "activations": round(4 * tokens * activations),
-        "logits": 2 * 4 * tokens * config.vocab_size,  # and their gradient
+        "loss": 4 * (tokens * c + config.vocab_size * c + min(chunk, tokens) * config.vocab_size),
     }
 
-def devices_needed(config: ModelConfig, batch_size: int, device_bytes: float) -> dict[str, tuple[int | None, float]]:
-    """For each --shard_opt: how many devices of this size a step of batch_size sequences on each takes (None: no number
-    is enough), and the bytes on each.
-    >>> {stage: n for stage, (n, _) in devices_needed(ModelConfig(**PRESETS["7b"]), 1, 80e9).items()}
-    {'none': None, 'zero1': None, 'zero2': 56, 'fsdp': 4}
-    """
-    memory, needed, split = training_memory(config, batch_size), {}, 0
-    for stage, part in {"none": "", "zero1": "AdamW moments", "zero2": "gradients", "fsdp": "parameters"}.items():
-        split += memory.get(part, 0)  # each stage shares out one part more
-        room = device_bytes - (whole := sum(memory.values()) - split)
-        devices = max(1, math.ceil(split / room)) if room > 0 and split else 1 if room >= 0 and not split else None
-        needed[stage] = (devices, whole + split / (devices or math.inf))
-    return needed
-
-# --- 9. Command line ---
+# --- 8. Command line ---
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
     accounts = {
@@ -732,21 +516,16 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
         f"Bytes of a float32 training step on {batch_size} sequences":
             partial(training_memory, batch_size=batch_size, context_length=context_length),
     }
+    unit, digits = (1e6, 2) if len(names) > 1 else (1, 0)
     for title, account in accounts.items():
         tables = {name: account(ModelConfig(**PRESETS[name])) for name in names}
-        write = "{:,}" if len(names) == 1 else "{:,.2f}"
-        rows = [["in millions" if len(names) > 1 else "", *next(iter(tables.values())), "total"]]
+        print(f"\n{title}\n{'in millions' if len(names) > 1 else '':11}", end="")
+        print("".join(f"{part:>16}" for part in (*tables[names[0]], "total")))
         for name, parts in tables.items():
-            numbers = [*parts.values(), sum(parts.values())]
-            rows.append([name, *(write.format(n if len(names) == 1 else n / 1e6) for n in numbers)])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        print(f"\n{title}")
-        for first, *others in rows:
-            print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+            print(f"{name:11}" + "".join(f"{n / unit:16,.{digits}f}" for n in (*parts.values(), sum(parts.values()))))
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Parameters, FLOPs and memory of the presets.", allow_abbrev=False,
-                                     exit_on_error=False)
+    parser = argparse.ArgumentParser(description="What each preset costs.", allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", choices=PRESETS, help="show one in detail")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
     parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")

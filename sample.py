@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bpe import END_OF_TEXT, Tokenizer, UserError
-from model import PADDING_SEGMENT_ID, KVCache, ModelConfig, TransformerLM, softmax
+from model import KVCache, ModelConfig, TransformerLM, document_places, softmax
 
 
 # --- 1. From logits to a token ---
@@ -37,7 +37,6 @@ def next_token_probabilities(logits: Tensor, *, temperature: float = 1.0, top_k:
     """softmax(logits / temperature), cut to the top_k likeliest tokens, then to the smallest set of them whose
     probabilities reach top_p (nucleus sampling, Holtzman et al. 2020), renormalized: (..., V) -> (..., V) float32.
     temperature < 1 sharpens; the limit 0 puts all probability on the greatest logit.
-
     >>> p = torch.tensor([0.5, 0.25, 0.15, 0.1])
     >>> [round(x, 3) for x in next_token_probabilities(p.log(), top_p=0.7).tolist()]
     [0.667, 0.333, 0.0, 0.0]
@@ -69,12 +68,6 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
     return torch.searchsorted(ends, uniform * ends[:, -1:], right=True)[:, 0].tolist()  # B ids
 
 # --- 2. The loop ---
-def positions_of(segment_ids: Tensor) -> Tensor:
-    """Positions that start at 0 with each run of equal segment ids, as in training: (B, T) -> (B, T)."""
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)  # (T,)
-    inside = segment_ids == segment_ids.roll(1, dims=1)  # (B, T); of the first place it does not matter: its index is 0
-    return index - index.masked_fill(inside, 0).cummax(dim=1).values  # (B, T)
-
 @torch.inference_mode()
 def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k:
              int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0, use_cache: bool =
@@ -97,9 +90,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     window = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts)])  # (B, T)
     is_gap = torch.arange(window.shape[1]) < torch.tensor(gaps)[:, None]  # (B, T)
     boundary = stop_id if model.config.doc_mask and stop_id is not None else -1  # no token has the id -1
-    ends = (window == boundary).long()  # (B, T)
-    segment_ids = (ends.cumsum(dim=1) - ends).masked_fill(is_gap, PADDING_SEGMENT_ID)  # (B, T)
-    window, segment_ids = (x[:, -capacity:].to(parameter.device) for x in (window, segment_ids))  # (B, T)
+    window, is_gap = (x[:, -capacity:].to(parameter.device) for x in (window, is_gap))  # (B, T)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
     cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype) if use_cache else None
@@ -110,7 +101,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         start = time.perf_counter()
         num_new = 1 if cache is None else window.shape[1] - cache.length
         new = slice(0 if cache is None else cache.length, None)  # without a cache all tokens are new each time
-        places = dict(positions=positions_of(segment_ids)[:, new], segment_ids=segment_ids[:, new])
+        places = {name: x[:, new] for name, x in document_places(window, boundary, is_gap).items()}  # (B, T) each
         hidden = model.forward_hidden(window[:, new], **places, cache=cache)  # (B, T, C)
         logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
@@ -118,25 +109,21 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         kind = "prefill" if timings["prefill_tokens"] == 0 or num_new > 1 else "decode"
         timings[f"{kind}_tokens"] += len(prompts) * num_new
         timings[f"{kind}_seconds"] += time.perf_counter() - start
-
         stopped = [was or token == stop_id for was, token in zip(stopped, drawn)]
         if all(stopped):
             return
         yield [None if stop else token for stop, token in zip(stopped, drawn)]
-        next_segment = segment_ids[:, -1:] + (window[:, -1:] == boundary)  # (B, 1)
         if window.shape[1] == capacity:  # full: keep the last half and read it again
-            half = slice(capacity - capacity // 2, None)
-            window, segment_ids = window[:, half], segment_ids[:, half]  # (B, T // 2)
+            window, is_gap = (x[:, capacity - capacity // 2 :] for x in (window, is_gap))  # (B, T // 2)
             if cache is not None:
-                cache.reset()
+                cache.length = 0
         window = torch.cat([window, torch.tensor(drawn, device=window.device)[:, None]], dim=1)  # (B, T + 1)
-        segment_ids = torch.cat([segment_ids, next_segment], dim=1)  # (B, T + 1)
+        is_gap = torch.nn.functional.pad(is_gap, (0, 1))  # (B, T + 1): nothing but tokens from here on
 
 # --- 3. Text as it comes ---
 class TextStream:
     """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
     wait for the next token. What never becomes a character is shown as U+FFFD."""
-
     def __init__(self, vocab: dict[int, bytes]) -> None:
         self.vocab, self.decoder = vocab, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -262,7 +249,6 @@ def sample(args: argparse.Namespace) -> None:
         args.dtype = "bfloat16" if modern else "float32"
     folder = args.run or newest_run(Path("runs"))
     model, tokenizer, documents = load_run(folder, device, getattr(torch, args.dtype))
-
     # A text begins after <|endoftext|>, as in training; where training never met that token, after a line's end.
     stop_id, prompt = tokenizer.token_ids.get(END_OF_TEXT.encode()), tokenizer.encode(args.prompt)
     prompt = [stop_id, *prompt] if documents and stop_id is not None else prompt or tokenizer.encode("\n")

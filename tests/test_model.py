@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import model as model_file
-from flash import visible
 from model import (
     PADDING_SEGMENT_ID,
     PRESETS,
@@ -17,21 +17,17 @@ from model import (
     FeedForward,
     KVCache,
     Linear,
-    MixtureOfExperts,
     ModelConfig,
     MultiHeadSelfAttention,
     RMSNorm,
     RotaryPositionalEmbedding,
     SwiGLU,
     TransformerLM,
-    attention_mask,
     count_parameters,
-    devices_needed,
+    document_places,
     flops_per_token,
     main,
     make_attention,
-    mix_by_loop,
-    mix_sorted,
     scaled_dot_product_attention,
     silu,
     softmax,
@@ -159,18 +155,37 @@ def test_rope_scores_depend_on_distance_only():
     scores = [rope(q, torch.tensor([p + 7])) @ rope(k, torch.tensor([p])).T for p in (0, 1, 50, 92)]
     torch.testing.assert_close(torch.stack(scores), scores[0].expand(4, 1, 1), atol=1e-5, rtol=0)
 
-def test_mask_rule_by_brute_force():
-    """attention_mask is: not later, same segment, not padding; for keys of their own positions and segments too."""
-    positions, kv_positions = torch.randint(9, (2, 5)), torch.randint(9, (2, 8))
-    segments, kv_segments = torch.randint(-1, 2, (2, 5)), torch.randint(-1, 2, (2, 8))
-    mask = attention_mask(positions, segments, kv_positions, kv_segments)
-    assert mask.shape == (2, 1, 5, 8)
-    for b, t, s in product(range(2), range(5), range(8)):
-        same = segments[b, t] == kv_segments[b, s] and segments[b, t] != -1
-        assert mask[b, 0, t, s] == bool(positions[b, t] >= kv_positions[b, s] and same)
-    theirs = visible(positions, kv_positions, segments, kv_segments)  # flash.py's rule, written independently
-    assert torch.equal(mask[:, 0], theirs)
-    torch.testing.assert_close(attention_mask(positions)[:, 0], positions[:, :, None] >= positions[:, None, :])
+def test_who_sees_whom_by_brute_force():
+    """Each attention averages the values of keys not later, of the same segment, never padding; keys may have positions
+    and segments of their own, and what is not given for them is the queries'."""
+    rows = [torch.randint(low, high, (2, n)) for n in (5, 8) for low, high in ((0, 9), (-1, 2))]
+    square = torch.arange(5), torch.tensor([3, 3, -1, 0, 3])
+    for positions, segments, *keys in (rows, square):
+        kv_positions, kv_segments = keys or (positions, segments)
+        b, t, s = 2 if keys else 1, positions.shape[-1], kv_positions.shape[-1]
+        q, k, v = torch.zeros(b, 2, t, 4), torch.zeros(b, 1, s, 4), torch.randn(b, 1, s, 4)
+        outs = {kind: make_attention(kind, positions, segments, *keys)(q, k, v) for kind in KINDS}
+        for row, query in product(range(b), range(t)):
+            p, g, kp, kg = (x if x.dim() == 1 else x[row] for x in (positions, segments, kv_positions, kv_segments))
+            seen = [j for j in range(s) if kp[j] <= p[query] and kg[j] == g[query] != -1]
+            expected = v[row, 0, seen].mean(0) if seen else torch.zeros(4)
+            for kind, out in outs.items():
+                torch.testing.assert_close(out[row, :, query], expected.expand(2, 4), msg=lambda m, k=kind: f"{k}: {m}")
+
+def test_document_places_by_counting():
+    """Each end-of-text token ends its document, positions restart behind it and behind padding, padding has no id."""
+    ids, padding = torch.randint(3, (4, 23)), torch.arange(23) < torch.tensor([0, 1, 5, 22])[:, None]
+    for is_padding in (None, padding):
+        places = document_places(ids, 0, is_padding)
+        for row in range(4):
+            start, document, before = 0, 0, None
+            for t in range(23):
+                empty = is_padding is not None and bool(padding[row, t])
+                segment = PADDING_SEGMENT_ID if empty else document
+                start = t if segment != before else start
+                document, before = document + int(ids[row, t] == 0), segment
+                got = places["positions"][row, t].item(), places["segment_ids"][row, t].item()
+                assert got == (t - start, segment), f"row {row}, place {t}: {got} instead of {t - start}, {segment}"
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
 def test_every_attention_equals_naive(num_kv_heads):
@@ -477,7 +492,7 @@ def test_cached_decoding_equals_recomputing_everything(switches, attention):
     assert cache.length == model.config.context_length == full.shape[1]
     with pytest.raises(ValueError, match="holds 41 tokens and cannot take 1 more"):
         model(full[:, -1:], cache=cache)
-    cache.reset()
+    cache.length = 0
     torch.testing.assert_close(model(full[:, -20:], cache=cache), model(full[:, -20:]), atol=1e-5, rtol=1e-4)
 
 @pytest.mark.parametrize("attention", KINDS)
@@ -527,146 +542,14 @@ def test_cache_for_another_batch():
     with pytest.raises(ValueError, match="made for 3 rows and got 2"):
         model(random_tokens(2, 5), cache=KVCache(model.config, 3))
 
-# --- a mixture of experts ---
-
-EXPERTS = dict(num_experts=5, experts_per_token=2)
-
-@pytest.mark.parametrize("switches", [dict(), dict(shared_experts=2), dict(experts_per_token=1), dict(d_ff=75),
-                                      dict(experts_per_token=5, moe_every=3, norm="post")], ids=str)
-def test_sorted_experts_equal_the_loop(switches):
-    """The sorted mixture gives the loop's logits and gradients, with torch's grouped product and (d_ff 75) without,
-    also when an expert gets nothing; and it costs the FLOPs of the experts taken."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, ids, results = small_model(**(EXPERTS | switches), attention="naive").train(), random_tokens(3, 31), []
-    model.switch_off_expert(2, 1 if model.config.experts_per_token < 5 else None)
-    for mix in (mix_sorted, mix_by_loop):
-        for _, moe in model.moe:
-            moe.mix = mix
-        model.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            logits = model(ids)
-        (logits.cos().mean() + model.auxiliary_loss()).backward()
-        results.append([logits, *(p.grad for p in model.parameters())])
-    assert counter.get_total_flops() == 3 * 31 * sum(flops_per_token(model.config, 31).values())
-    for ours, expected in zip(*results):
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
-    assert all(p.grad.abs().max() > 0 for p in model.parameters()), "every weight learns, the router among them"
-
-def test_equal_experts_are_the_dense_network():
-    """Experts with the dense network's weights give its output, whichever K of them are chosen."""
-    for k in (2, 3, 5):
-        config = ModelConfig(**(SMALL | EXPERTS | dict(experts_per_token=k)))
-        moe, dense, x = MixtureOfExperts(config), SwiGLU(60, 76), torch.randn(2, 9, 60)
-        with torch.no_grad():
-            for name in ("w1", "w2", "w3"):
-                getattr(moe, name).copy_(getattr(dense, name).weight.expand(5, -1, -1))
-        torch.testing.assert_close(moe(x), dense(x), atol=1e-5, rtol=1e-4)
-
-def test_auxiliary_loss():
-    """The loss is E sum f P: 1 per layer when balanced, E when all goes to one, absent in evaluation; weighted."""
-    model = small_model(**EXPERTS, balance_rate=0.5).train()
-    with torch.no_grad():
-        for _, moe in model.moe:
-            moe.router.weight.zero_()
-    model(random_tokens(2, 9))
-    assert model.auxiliary_loss().item() == pytest.approx(0.5 * 3 * 1.0, abs=1e-6), "equal p: 1 whatever is chosen"
-    assert model.auxiliary_loss() == 0.0, "told once: the graph of a step does not outlive it"
-    moe = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=1))))
-    moe.recording = True
-    with torch.no_grad():
-        moe.router.weight[3] = 1.0
-        moe(torch.ones(1, 8, 60))
-    assert moe.balance_loss.item() == pytest.approx(5), "everything on one of five experts"
-    model.eval()(random_tokens(2, 9))
-    assert model.auxiliary_loss() == small_model().auxiliary_loss() == 0.0
-
-def test_router_statistics_count_tokens():
-    """Load, entropy and violation equal a count of the choices; recomputed blocks count once; evaluation repeats."""
-    for checkpoint_activations in (False, True):
-        model, ids, seen = small_model(**EXPERTS, checkpoint_activations=checkpoint_activations).train(), [], []
-        ids = [random_tokens(2, 9), random_tokens(3, 17)]
-        model.layers[1].ln2.register_forward_hook(lambda module, inputs, y, seen=seen: seen.append(y.detach()))
-        logits = [model(batch) for batch in ids]
-        for some in logits:
-            some.sum().backward()
-        x = torch.cat([y.flatten(0, 1) for y in seen[:2]])
-        p = torch.softmax(x @ model.layers[1].ffn.router.weight.T, dim=-1)
-        counts = torch.bincount(p.topk(2).indices.flatten(), minlength=5).double()
-        row = model.router_statistics()[1]
-        assert row["layer"] == 1 and row["load"] == pytest.approx((counts / counts.sum()).tolist())
-        assert row["violation"] == pytest.approx((counts.max() / counts.mean() - 1).item())
-        assert row["entropy"] == pytest.approx(((-p * p.log()).sum(-1).mean() / math.log(5)).item(), rel=1e-5)
-        assert model.router_statistics() == [], "a second call has nothing new to tell"
-        assert torch.equal(model.eval()(ids[0]), model(ids[0])), "evaluation is deterministic"
-
-def test_biases_move_the_load():
-    """With balance "bias" a router that feeds two experts only comes to feed all; the gates ignore the biases."""
-    model = small_model(**EXPERTS, num_layers=1, balance="bias", balance_rate=0.01).train()
-    ids, moe = random_tokens(8, 40), model.layers[0].ffn
-    model.layers[0].ln2.register_forward_hook(lambda module, inputs, output: output + 1)
-    with torch.no_grad():
-        moe.router.weight[3:] += 0.02  # times 60 ones: every token's logits of experts 3 and 4 are 1.2 higher
-    model(ids)
-    before = model.router_statistics()[0]["violation"]
-    for _ in range(100):
-        with torch.no_grad():
-            model(ids)
-        model.update_router_biases()
-    model.router_statistics()
-    model(ids)
-    after = model.router_statistics()[0]["violation"]
-    assert before > 0.4 and after < before / 4, f"violation {before} before, {after} after"
-    assert model.auxiliary_loss() == 0.0 and "layers.0.ffn.bias" in model.state_dict()
-    everyone = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=5))))
-    x, expected = torch.randn(7, 60), None
-    for _ in range(2):
-        expected = everyone(x) if expected is None else expected
-        everyone.bias.copy_(torch.randn(5))
-    torch.testing.assert_close(everyone(x), expected)
-
-def test_an_expert_switched_off():
-    """No token reaches an expert that is switched off, others take over, and None brings the old output back."""
-    model, ids = small_model(**EXPERTS), random_tokens(4, 41)
-    with torch.no_grad():
-        before = model(ids)
-        model.router_statistics()
-        model.switch_off_expert(1, 3)
-        without = model(ids)
-        loads = [row["load"] for row in model.router_statistics()]
-        assert loads[1][3] == 0 and sum(loads[1]) == pytest.approx(1) and loads[0][3] > 0
-        assert (without - before).abs().max() > 1e-3
-        model.switch_off_expert(1, None)
-        assert torch.equal(model(ids), before)
-    for layer, expert in ((1, 5), (3, 0)):
-        with pytest.raises(ValueError, match=f"layer {layer} has no expert {expert}"):
-            model.switch_off_expert(layer, expert)
-
-def test_the_router_computes_in_float32():
-    """Under autocast and in a model of half precision the choices are those of float32 logits."""
-    model, kinds = small_model(**EXPERTS), []
-    for _, moe in model.moe:
-        moe.mix = lambda x, chosen, gates, *w: kinds.append((x.dtype, gates.dtype)) or mix_sorted(x, chosen, gates, *w)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(random_tokens(2, 9)).dtype == torch.bfloat16
-    model.bfloat16()(random_tokens(2, 9))
-    assert {gates for _, gates in kinds} == {torch.float32}, f"gates are {kinds}"
-
-def test_cached_decoding_with_experts():
-    """With the cache each token takes the experts that it takes when everything is recomputed."""
-    model, ids, cache = small_model(**EXPERTS), random_tokens(2, 20), KVCache(ModelConfig(**SMALL), 2)
-    with torch.no_grad():
-        got = [model(piece, cache=cache) for piece in ids.split([11] + [1] * 9, dim=1)]
-        torch.testing.assert_close(torch.cat(got, dim=1), model(ids), atol=1e-5, rtol=1e-4)
-
-@pytest.mark.parametrize("switches", [dict(), EXPERTS, dict(dropout=0.3)], ids=str)
+@pytest.mark.parametrize("switches", [dict(), dict(dropout=0.3)], ids=str)
 def test_checkpointed_activations_change_nothing_but_memory(switches):
     """Computing activations twice gives the same bits, loss and gradients, dropout included; far less is kept."""
     ids, results, kept = random_tokens(3, 29), [], []
     for checkpoint_activations in (False, True):
         torch.manual_seed(1)
         model = small_model(**switches, checkpoint_activations=checkpoint_activations).train()
-        loss = model(ids).square().mean() + model.auxiliary_loss()
+        loss = model(ids).square().mean()
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
         kept.append(bytes_saved_by_autograd(model, ids))
@@ -695,11 +578,6 @@ def test_checkpointed_activations_change_nothing_but_memory(switches):
         (dict(attention="fast"), "auto, naive, sdpa, flash"),
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(rope_theta=0.0), "rope_theta is 0.0"),
-        (dict(num_experts=4, experts_per_token=5), "experts_per_token 5 of num_experts 4"),
-        (dict(num_experts=4, moe_every=5), "moe_every 5 of num_layers 4"),
-        (dict(num_experts=-1), "num_experts is -1"),
-        (dict(num_experts=4, ffn="relu"), "experts need ffn swiglu"),
-        (dict(num_experts=4, shared_experts=-1), "shared_experts"),
     ],
 )
 def test_mistakes_in_the_configuration(mistake, words):
@@ -758,7 +636,7 @@ def test_flops_equal_torchs_counter(switches):
         logits.sum().backward()
     assert counter.get_total_flops() == 2 * expected
 
-def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
+def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor, **options) -> int:
     """Bytes of the distinct storages that the forward pass keeps for the backward pass, parameters not counted."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved = {}
@@ -770,7 +648,7 @@ def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(ids)  # alive until the sum below, and its graph with it: no storage is used twice
+        logits = model(ids, **options)  # alive until the sum below, and its graph with it: no storage is used twice
     assert logits.untyped_storage().data_ptr() not in saved, "lm_head keeps its input, not its output"
     return sum(saved.values())
 
@@ -787,8 +665,6 @@ def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor) -> int:
         dict(num_kv_heads=6),
         dict(attention="naive"),
         dict(attention="naive", num_kv_heads=6),
-        dict(num_experts=5),
-        dict(num_experts=7, experts_per_token=3, shared_experts=1, moe_every=2, norm="post"),
     ],
     ids=str,
 )
@@ -799,27 +675,26 @@ def test_activation_memory_is_what_autograd_saves(switches):
     measured = bytes_saved_by_autograd(model, random_tokens(7, 39))
     assert measured == pytest.approx(expected, rel=0.02), f"measured {measured}, formula {expected}"
 
-def test_other_parts_of_memory():
-    """Parameters, gradients and AdamW's moments take 16 bytes a parameter; logits and their gradient 8 V a token."""
-    memory = training_memory(ModelConfig(), 32)
-    assert [memory[part] for part in ("parameters", "gradients", "AdamW moments")] == [4 * 22_696_448] * 2 + [
-        8 * 22_696_448
-    ]
-    assert memory["logits"] == 2 * 32 * 256 * 10_000 * 4
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_loss_memory_is_what_autograd_saves(norm):
+    """With training's loss, the gradients of hidden states and lm_head are kept, instead of what lm_head would read;
+    `loss` counts them beside the logits of one chunk, and those of all tokens where they are fewer."""
+    from train import linear_cross_entropy
 
-def test_devices_needed():
-    """Each answer is the smallest number of devices whose bytes fit, split as in the ZeRO paper; None if none does."""
-    config = ModelConfig(**PRESETS["1b"], checkpoint_activations=True)
-    parameters, memory = sum(count_parameters(config).values()), training_memory(config, 2)
-    rest = memory["activations"] + memory["logits"]
-    split = {"none": 0, "zero1": 8, "zero2": 12, "fsdp": 16}  # bytes a parameter that are shared out, of 16
-    for device_bytes in (rest - 1, 12e9, 16e9, 24e9, 80e9):
-        for stage, (devices, held) in devices_needed(config, 2, device_bytes).items():
-            share, room = split[stage], device_bytes - rest
-            fits = lambda n, share=share, room=room: parameters * (16 - share + share / n) <= room  # noqa: E731
-            assert devices == next((n for n in range(1, 10_000) if fits(n)), None), f"{stage} {device_bytes}: {devices}"
-            if devices:
-                assert held == pytest.approx(rest + parameters * (16 - split[stage] + split[stage] / devices))
+    model, ids = small_model(attention="sdpa", norm=norm).train(), random_tokens(7, 39)
+    head = partial(linear_cross_entropy, targets=random_tokens(7, 39))
+    tokens, hidden_states, lm_head = 7 * 39, 4 * 7 * 39 * 60, 4 * 211 * 60
+    more = bytes_saved_by_autograd(model, ids, head=head) - bytes_saved_by_autograd(model, ids)
+    assert more == lm_head, f"{more} bytes more are kept than before the loss, not {lm_head}"
+    for chunk in (100, 512):
+        expected = hidden_states + lm_head + 4 * min(chunk, tokens) * 211
+        assert training_memory(model.config, 7, 39, chunk=chunk)["loss"] == expected
+
+def test_other_parts_of_memory():
+    """Parameters, gradients and AdamW's moments take 16 bytes a parameter; the loss has logits of 512 tokens only."""
+    memory, size = training_memory(ModelConfig(), 32), 4 * 22_696_448
+    assert [memory[part] for part in ("parameters", "gradients", "AdamW moments")] == [size, size, 2 * size]
+    assert memory["loss"] == 4 * (32 * 256 * 512 + 10_000 * 512 + 512 * 10_000)
 
 # --- command line ---
 
