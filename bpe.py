@@ -15,11 +15,7 @@ the bytes and makes a new token of the pair of neighbours that is most frequent,
     python bpe.py --out my_tokenizer --show "How is this cut?"
     python bpe.py --report                       compares the tokenizers and corpora under data/
 
-The first prints each merge as it is made, and in the end how a line of Python is cut (Ġ is a space):
-
-       4     73,015  b'\\n' + b'    '
-     725        499  b' t' + b'uple'
-    14 tokens: f|or|Ġline|Ġin|Ġsys|.|st|d|in|:|Ġprint|(|line|)
+The first prints merges as they are made, and in the end how a line of Python is cut (Ġ is a space): f|or|Ġline|Ġin|...
 
 Contents
     1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
@@ -47,14 +43,14 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
-import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import regex
@@ -65,32 +61,22 @@ PathLike = str | os.PathLike
 
 class UserError(ValueError):
     """A mistake of the user's, in one sentence that also says what to do. main() prints it and exits with 2."""
-
 # --- 1. Pre-tokens: where a text may be cut ---
-#
 # A merge never crosses the border of a pre-token, roughly a word with the space before it; otherwise "dog." and "dog!"
 # would become tokens. The pattern is GPT-2's: contractions, letters, digits, other signs, and white space, whose last
 # space belongs to the word behind it.
-
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-
-# The pattern takes most of the time. So a text is first cut more coarsely by Python's own, faster `re`, and a piece
-# that comes again is not cut again. White space after anything else always begins a pre-token: a piece is white space
-# and what follows. subtle: re's \s has \x1c to \x1f, which are no white space to `regex`; hence the list.
+# The pattern is slow. So Python's own, faster `re` cuts first, before white space, where a pre-token always begins; a
+# piece that comes again is not cut again. subtle: re's \s has \x1c to \x1f, no white space to `regex`: hence a list.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
-
-# A border is a place where a pre-token begins, whatever stands further left or right: long texts are cut there and the
-# parts treated alone. Two characters prove it, except after white space (which may join what follows) and between an
-# apostrophe and a letter (which may be a contraction).
-BORDER = r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])"
-FIRST_BORDER, LAST_BORDER = regex.compile(BORDER), regex.compile("(?r)" + BORDER)  # (?r) searches from the end
+# A border is a place where a pre-token begins, whatever stands further left or right: the parts can be treated alone.
+# Two characters prove it, except after white space and between an apostrophe and a letter (perhaps a contraction).
+BORDER = regex.compile(r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])")
+LAST_BORDER = regex.compile("(?r)" + BORDER.pattern)  # (?r) searches from the end
 
 def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
-    """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing.
-    >>> special_pattern(["<|a|>", "<|a|><|b|>"]).split("x<|a|><|b|>y")
-    ['x', '<|a|><|b|>', 'y']
-    """
+    """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing."""
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
     if "" in longest_first:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
@@ -104,7 +90,7 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     pieces: Counter[str] = Counter()
     for part in special_pattern(special_tokens).split(text)[::2]:  # every second part is a special token
         pieces.update(PIECE.findall(part))
-    counts: defaultdict[str, int] = defaultdict(int)
+    counts: Counter[str] = Counter()
     for piece, count in pieces.items():
         for pretoken in PRETOKEN.findall(piece):
             counts[pretoken] += count
@@ -127,7 +113,6 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     """The definition: for each merge, count all pairs of all words. The rest of this file must agree with it.
     The counts begin with e s 9, s t 9, w e 8; the tie goes to the greater pair, s t. Then e st leads with 9.
     Fewer merges come back when no pair is left.
-
     >>> counts = {"low": 5, "lower": 2, "widest": 3, "newest": 6}
     >>> [f"{left.decode()} {right.decode()}" for left, right in train_naive(counts, 12)]
     ['s t', 'e st', 'o w', 'l ow', 'w est', 'n e', 'ne west', 'w i', 'wi d', 'wid est', 'low e', 'lowe r']
@@ -148,74 +133,46 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     return merges
 
 # --- 3. Training: the same, faster ---
-#
 # A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
 # and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
-
-def heap_order(token: bytes) -> str:
-    """A key that sorts byte strings from the greatest down, since heapq hands out the least first.
-    Bytes are complemented; a last character above all bytes puts "ab" behind "abc".
-
-    >>> sorted([b"a", b"ab", b"abc", b"b"], key=heap_order)
-    [b'b', b'abc', b'ab', b'a']
-    """
-    return bytes(255 - byte for byte in token).decode("latin-1") + "\u0100"
-
 def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
                on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
     """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
     known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer."""
-    merges = list(known_merges)[:num_merges]
-    tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
-    ranks = merge_ranks(merges, {token: token_id for token_id, token in enumerate(tokens)})
-    words = [apply_merges(list(word.encode("utf-8")), ranks) for word in word_counts]
-    counts, order = list(word_counts.values()), [heap_order(token) for token in tokens]
-
-    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    words_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # may name words that hold it no more
-    for index, symbols in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
-            pair_counts[pair] += counts[index]
-            words_with[pair].append(index)
-    heap = [(-count, order[left], order[right], left, right) for (left, right), count in pair_counts.items()]
-    heapq.heapify(heap)
-
-    while heap and len(merges) < num_merges:
-        old_count, _, _, left, right = heapq.heappop(heap)
-        count = pair_counts[left, right]
-        if count != -old_count:  # it has changed since: a count that rose has a newer entry, one that fell gets it now
-            if 0 < count < -old_count:
-                heapq.heappush(heap, (-count, order[left], order[right], left, right))
-            continue
-        merged = len(tokens)
-        merges.append((tokens[left], tokens[right]))
-        tokens.append(tokens[left] + tokens[right])
-        order.append(heap_order(tokens[merged]))
-        on_merge(merges[-1], count)
-        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
-        for index in words_with.pop((left, right)):
-            old, new = words[index], merge_pair(words[index], (left, right), merged)
-            if len(new) == len(old):
-                continue
-            words[index] = new
-            for pair in zip(old, old[1:]):
-                changes[pair] -= counts[index]
-            for pair in zip(new, new[1:]):
-                changes[pair] += counts[index]
-                if merged in pair:  # this word is on the lists of its other pairs already
-                    words_with[pair].append(index)
+    words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in word_counts]
+    counts, merges = list(word_counts.values()), []
+    # heapq hands out the least: so bytes are complemented, and a last sign above all bytes puts "ab" behind "abc"
+    order = functools.cache(lambda token: bytes(255 - byte for byte in token).decode("latin-1") + "\u0100")
+    words_with: defaultdict[Pair, set[int]] = defaultdict(set)  # may name words that hold it no more
+    pair_counts, changes, heap = defaultdict(int), defaultdict(int), []
+    def count(index: int, sign: int) -> None:
+        for pair in zip(words[index], words[index][1:]):
+            changes[pair] += sign * counts[index]
+            words_with[pair].add(index)
+    for index in range(len(words)):
+        count(index, +1)
+    while len(merges) < num_merges:
         for pair, change in changes.items():
             pair_counts[pair] += change
-            if change > 0:
-                heapq.heappush(heap, (-pair_counts[pair], order[pair[0]], order[pair[1]], *pair))
+            if change and pair_counts[pair]:  # its older entries stay, and are passed over when they come
+                heapq.heappush(heap, (-pair_counts[pair], order(pair[0]), order(pair[1]), pair))
+        changes.clear()
+        while heap and pair_counts[heap[0][3]] != -heap[0][0]:
+            heapq.heappop(heap)
+        if not heap:
+            break
+        best = known_merges[len(merges)] if len(merges) < len(known_merges) else heap[0][3]
+        if len(merges) >= len(known_merges):
+            on_merge(best, pair_counts[best])
+        merges.append(best)
+        merged = best[0] + best[1]
+        for index in words_with.pop(best):
+            count(index, -1)
+            words[index] = merge_pair(words[index], best, merged)
+            count(index, +1)
     return merges
 
 Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
-
-def merge_ranks(merges: Sequence[Pair], token_ids: Mapping[bytes, int]) -> Ranks:
-    return {(token_ids[left], token_ids[right]): (rank, token_ids[left + right])
-            for rank, (left, right) in reversed([*enumerate(merges)])}  # a pair that comes again never acts
-
 def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
     """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
     Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
@@ -239,7 +196,6 @@ def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
 
 # --- 4. Long texts: chunks, workers, files ---
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
-
 def text_size(path: PathLike) -> int:
     try:
         with open(path, "rb") as file:
@@ -269,21 +225,19 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
     borders, target = [0], num_bytes
     with open(path, "rb") as file:
         while target < size:
-            # The margins hold the whole of any special token and any character that stands at an end of the window.
-            # Halves of characters further out survive decoding and encoding as lone surrogates.
+            # The margins hold any special token and any character at an end of the window. Halves of characters further
+            # out survive decoding and encoding as lone surrogates.
             first = max(0, target - margin)
             file.seek(first)
             text = file.read(target - first + window + margin).decode("utf-8", errors="surrogateescape")
             spans = [match.span() for match in specials.finditer(text, overlapped=True)]
             within = {index for start, end in spans for index in range(start + 1, end)}
-            for index in [start for start, _ in spans] + [match.start() for match in FIRST_BORDER.finditer(text)]:
-                offset = first + len(text[:index].encode("utf-8", errors="surrogateescape"))
-                if target <= offset < min(target + window, size) and index not in within:
-                    borders.append(offset)
-                    target = offset + num_bytes
-                    break
-            else:
-                target += window
+            begins = [start for start, _ in spans] + [match.start() for match in BORDER.finditer(text)]
+            begins = (text[:index] for index in begins if index not in within)
+            places = (first + len(before.encode("utf-8", errors="surrogateescape")) for before in begins)
+            place = next((place for place in places if target <= place < min(target + window, size)), None)
+            borders += [place] if place else []
+            target = place + num_bytes if place else target + window
     return list(zip(borders, borders[1:] + [size]))
 
 def processors() -> int:
@@ -312,15 +266,15 @@ def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_wo
             yield waiting.popleft().result()
             waiting.extend(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 1))
     except concurrent.futures.BrokenExecutor:
-        fewer = max(1, num_workers // 2)
-        raise UserError(f"a worker process died, perhaps for want of memory: try --num_workers {fewer}") from None
+        raise UserError("a worker process died, perhaps for want of memory: try --num_workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 _SHARED: list[Any] = []  # in a worker: what all its tasks need, such as the tokenizer, sent once
-
 def _start_worker(shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    # a parent that is killed ends nobody: then this does
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     _SHARED.append(shared)
 
 def _run_task(function: Callable, task: tuple) -> Any:
@@ -328,7 +282,6 @@ def _run_task(function: Callable, task: tuple) -> Any:
 
 class Progress:
     """One line on stderr while something long runs: how much is done, how fast, how long it still takes."""
-
     def __init__(self, what: str, total: int, unit: str = "MB", shown: bool = True) -> None:
         self.what, self.total, self.unit, self.shown = what, total, unit, shown
         self.started = self.printed = time.monotonic()
@@ -348,8 +301,8 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "make room or choose another place, and run again"
-        raise UserError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
+        problem = error.strerror or error
+        raise UserError(f"cannot write {path} ({problem}): make room or choose another place, and run again") from error
 
 @contextlib.contextmanager
 def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
@@ -386,7 +339,6 @@ def file_identity(path: Path) -> dict:
 # --- 5. Training on a file ---
 class Kept:
     """A value in a file, written once a minute and in the end, behind a checksum; a damaged one counts as missing."""
-
     def __init__(self, path: Path | None, value: Any) -> None:
         self.path, self.value, self.saved = path, value, time.monotonic()
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -406,7 +358,7 @@ def count_words(path: Path, special_tokens: Sequence[str], *, num_workers: int |
                 cache: Path | None = None, progress: bool = False) -> dict[str, int]:
     """Pre-token counts of a file, chunk by chunk: memory holds the distinct words, never the text.
     The cache keeps the counts of the chunks done so far, for a run after an interruption."""
-    chunks = chunks_of(path, special_tokens, min(max(text_size(path) // 8, CHUNK_BYTES), 8 * CHUNK_BYTES))
+    chunks = chunks_of(path, special_tokens, CHUNK_BYTES)
     kept, meter = Kept(cache, [0, {}]), Progress("counting words", chunks[-1][1], shown=progress)
     known, counts = kept.value[0], Counter(kept.value[1])
     tasks = [(path, *chunk) for chunk in chunks[known:]]
@@ -429,9 +381,8 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
               seconds: dict[str, float] | None = None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
     vocab_size counts all: id b is byte b, then comes an id for each merge, then the special tokens. A text too small
-    for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, under a hash
-    of the text: they serve every smaller vocab_size and a run after an interruption. seconds: gets each stage's time.
-    """
+    for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, for this
+    text, any smaller vocab_size and a run after an interruption. seconds: gets each stage's time."""
     special_tokens, path, caches = list(dict.fromkeys(special_tokens)), Path(input_path), [None, None]
     num_merges, seconds = num_merges_for(vocab_size, special_tokens), {} if seconds is None else seconds
     text_size(path)
@@ -446,13 +397,11 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
         started = time.perf_counter()
         counts = count_words(path, special_tokens, num_workers=num_workers, cache=caches[0], progress=progress)
         counted, meter = time.perf_counter(), Progress("merging pairs", num_merges, "merges", progress)
-
         def tell(pair: Pair, count: int) -> None:
             kept.value.append([token.decode("latin-1") for token in pair])
             kept.save(now=False)
             meter.update(len(kept.value))
             on_merge(pair, count)
-
         try:
             merges = train_fast(counts, num_merges, merges, tell)
         finally:
@@ -479,13 +428,11 @@ class Tokenizer:
     """Text to ids and back by GPT-2's rules.
     vocab: id -> bytes; merges: pairs of bytes in the order of their making; special_tokens: strings that are one token
     each, the longest tried first. Those that the vocabulary lacks get the next ids.
-
     >>> vocab = dict(enumerate([b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]))
     >>> merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
     >>> Tokenizer(vocab, merges).encode("the cat ate")
     [9, 7, 1, 5, 10, 3]
     """
-
     block = 4096  # characters that encode_iterable waits for
 
     def __init__(self, vocab: Mapping[int, bytes], merges: Iterable[Pair],
@@ -495,8 +442,11 @@ class Tokenizer:
         self.token_ids = {token: token_id for token_id, token in self.vocab.items()}
         for token in (special.encode("utf-8") for special in self.special_tokens):
             self.vocab.setdefault(self.token_ids.setdefault(token, self.vocab_size), token)
+        self._ranks: Ranks = {}
         try:
-            self._ranks = merge_ranks(self.merges, self.token_ids)
+            for rank, (left, right) in enumerate(self.merges):
+                merged = rank, self.token_ids[left + right]
+                self._ranks.setdefault((self.token_ids[left], self.token_ids[right]), merged)
         except KeyError as error:
             raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
                             "tokenizer; restore them, or train the tokenizer anew") from None
@@ -516,10 +466,9 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([vocab, merges, self.special_tokens]).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        known = self._known.get  # texts repeat themselves: nearly every piece has been seen before
+        ids, known = [], self._known.get
         for place, part in enumerate(self._specials.split(text)):
-            if place % 2:  # split() puts the special tokens at the odd places
+            if place % 2:  # a special token
                 ids.append(self.token_ids[part.encode("utf-8")])
             else:
                 for piece in PIECE.findall(part):
@@ -528,13 +477,13 @@ class Tokenizer:
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         ids: list[int] = []
-        for match in PRETOKEN.finditer(piece):
+        for pretoken in PRETOKEN.findall(piece):
             # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
-            data = re.sub("[\ud800-\udfff]", "\ufffd", match.group()).encode("utf-8")
+            data = re.sub("[\ud800-\udfff]", "\ufffd", pretoken).encode("utf-8")
             symbols = [self._byte_ids[byte] for byte in data]
             if None in symbols:
-                raise UserError(f"this vocabulary lacks the byte 0x{data[symbols.index(None)]:02x} of {piece!r}: take "
-                                "a tokenizer with all 256 bytes")
+                lacking = f"0x{data[symbols.index(None)]:02x}"
+                raise UserError(f"this vocabulary lacks the byte {lacking}: take a tokenizer with all 256 bytes")
             ids += apply_merges(symbols, self._ranks)
         if len(piece) <= 64:
             if len(self._known) >= 200_000:  # some 50 MB; starting anew is cheaper than keeping track of age
@@ -587,7 +536,8 @@ class Tokenizer:
         splitter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         write_json(directory / "vocab.json", vocab)
         with write_atomically(directory / "merges.txt") as file:
-            file.writelines(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
+            check = Tokenizer(self.vocab, self.merges).hash()
+            file.writelines([f"{VERSION} sha256:{check}\n", *(f"{left} {right}\n" for left, right in merges)])
         write_json(directory / "tokenizer.json", {
             "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splitter, "decoder": splitter,
             "model": {"type": "BPE", "vocab": named, "merges": merges}})
@@ -599,8 +549,10 @@ class Tokenizer:
         with _explained(f"{vocab_path} or {merges_path}"):
             vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
             lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            return cls(*_from_printable(vocab, pairs), special_tokens)
+            version = lines.pop(0) if lines[0][:1] in ("#", "") else VERSION
+            content = _from_printable(vocab, [line.split(" ") for line in lines if line])
+            _check(version, *content)
+            return cls(*content, special_tokens)
 
     @classmethod
     def load(cls, directory: PathLike) -> "Tokenizer":
@@ -617,11 +569,19 @@ class Tokenizer:
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # old files, new
             vocab, merges = _from_printable(ordinary, pairs)
             vocab |= {token_id: special.encode("utf-8") for token_id, special in specials.items()}
+            beside = path.with_name("merges.txt")
+            _check(beside.read_text(encoding="utf-8").split("\n")[0] if beside.exists() else VERSION, vocab, merges)
             return cls(vocab, merges, specials.values())
+
+VERSION = "#version: 0.2"  # the first line of GPT-2's merges.txt; save() adds a checksum
+def _check(version: str, vocab: Mapping[int, bytes], merges: list[Pair]) -> None:
+    """An exception where ids fit in no array, or the first line of merges.txt tells of another content."""
+    ours = version == f"{VERSION} sha256:{Tokenizer(vocab, merges).hash()}"
+    if not (0 <= min(vocab) <= max(vocab) < 1 << 32 and (ours or version == VERSION or "huggingface" in version)):
+        raise ValueError("damaged")
 
 @contextlib.contextmanager
 def _explained(files: Any) -> Iterator[None]:
-    """Turn whatever goes wrong while a tokenizer's files are read into one sentence."""
     try:
         yield
     except UserError:
@@ -655,238 +615,222 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
     tasks, header = [(dtype.str, text_path, *chunk) for chunk in chunks], {"descr": dtype.str, "fortran_order": False}
     with write_atomically(npy_path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})  # padded, so that any count will fit
-        begin = file.tell()
+        begin, check = file.tell(), zlib.crc32(dtype.str.encode("ascii"))
         for (_, end), ids in zip(chunks, parallel_map(encode_chunk, tokenizer, tasks, num_workers)):
             file.write(ids)
+            check = zlib.crc32(ids, check)
             meter.update(end)
         count = (file.tell() - begin) // dtype.itemsize
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
         npy_path.with_suffix(".json").unlink(missing_ok=True)  # an array without one counts as missing
     write_json(npy_path.with_suffix(".json"), {
-        "tokens": count, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash(), "source": source,
-        "bytes_per_token": source["bytes"] / count, "tokens_per_second": count / (time.perf_counter() - started)})
+        "tokens": count, "crc32": check, "tokenizer_hash": tokenizer.hash(), "vocab_size": tokenizer.vocab_size,
+        "source": source, "bytes_per_token": source["bytes"] / count,
+        "tokens_per_second": count / (time.perf_counter() - started)})
     return count
 
 def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
-    """Open an array of encode_file without reading it, after a look at whose ids they are."""
+    """Open an array of encode_file by mmap, after a look at whose ids they are and one reading for the checksum."""
     npy_path = Path(npy_path)
     facts, again = read_json(npy_path.with_suffix(".json")), f"remove {npy_path} and prepare the data again"
     try:
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        check = zlib.crc32(tokens, zlib.crc32(tokens.dtype.str.encode("ascii")))
+    except Exception as error:  # a damaged header can end in an error of any kind
         raise UserError(f"cannot read {npy_path} ({error}): {again}") from None
-    if facts.get("tokenizer_hash") != tokenizer.hash() or tokens.shape != (facts.get("tokens"),):
+    if [tokenizer.hash(), *tokens.shape, check] != [facts.get(key) for key in ("tokenizer_hash", "tokens", "crc32")]:
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
 
 # --- 8. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
-#   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row     a list of phrases
+#   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row;    a list of phrases
 #   who/his = Lily/her Tom/his     columns, drawn together                (x|y|)              a rule without a name
 #   {trait2}  another draw from `trait`, never the same row twice         {He} {a trait}      capital letter, a or an
 # So the probability of a story is a product of 1/n, one factor a draw, and its logarithm is known exactly.
-
 GRAMMAR = """
-story: {open} {plot}
-plot: {lost} | {broken} | {noise} | {trouble} | {quarrel} | {gift}
-open: {once} {a trait}, {trait2} {child} (called|named) {hero} lived in {a look} {home} {near} {a look2} {place}.
-    {like}
-once: Once upon a time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north, |
-    Down south, | Over the sea, | Out west, | Last year,
-like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}. | {He} had {a colour} {garment} and {number}
-    {trait3} {siblings}, and {loved} {hobby}.
-meet: (Along|Soon|Then|Up|By and by) came {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so
-    {sad}?"
-day: {one} {daytime}
-feast: They {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.
-ever: From then on, | After that, | Ever after, | Afterwards,
+story: {open} {plot}; plot: {lost} | {broken} | {noise} | {trouble} | {quarrel} | {gift}; open: {once} {a trait},
+{trait2} {child} (called|named) {hero} lived in {a look} {home} {near} {a look2} {place}. {like}; once: Once upon a
+time, | Long ago, | Far away, | Once, | Years ago, | Not far away, | Over the hills, | Up north, | Down south, | Over
+the sea, | Out west, | Last year,; like: {He} {loved} {hobby}, {his} {colour} {garment} and {taste} {treat}. | {He} had
+{a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.; meet: (Along|Soon|Then|Up|By and by) came
+{pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so {sad}?"; day: {one} {daytime}; feast: They
+{shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.; ever: From then on, | After that, | Ever
+after, | Afterwards,;
 lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because {loss}. {He} looked
-    {near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3}
-    {junk3}. {meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5}
-    {spot4}. "{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.
-loss/care: the {bag} had {a size} hole/mended holes with {colour3} {stuff} | the {bag} was (much|far) too full/checked
-    the {bag} every {weekday} | nobody had closed the {bag}/closed the {bag} {adverb2} | the {strap} of the {bag}
-    broke/never used {a state4} {strap} again | {a scary} {thief} took it/gave the {thief} {taste4} {treat4} every
-    {weekday} | a {gale} blew it away/stayed at home in every {gale} | the (road|path) was so bumpy/took the road by
-    the {place3}
+{near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3} {junk3}.
+{meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5} {spot4}.
+"{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.; loss/care: the {bag} had {a size}
+hole/mended holes with {colour3} {stuff} | the {bag} was (much|far) too full/checked the {bag} every {weekday} | nobody
+had closed the {bag}/closed the {bag} {adverb2} | the {strap} of the {bag} broke/never used {a state4} {strap} again |
+{a scary} {thief} took it/gave the {thief} {taste4} {treat4} every {weekday} | a {gale} blew it away/stayed at home in
+every {gale} | the (road|path) was so bumpy/took the road by the {place3};
 broken: {hero} had {a quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2}
-    and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
-    {adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and
-    mended the {part}. "{hooray}!" {cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}.
-    {ever} {he} {mend}.
-damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture} | it stood in the
-    {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy} | nobody had
-    oiled it/oiled the {part} every {weekday} | {a state3} screw was (loose|missing)/checked the screws {adverb2} | the
-    frost cracked it/kept the {toy} in {a colour5} blanket | {a trait6} {thief} chewed it/hid the {toy} from every
-    {thief}
+and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
+{adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and mended
+the {part}. "{hooray}!" {cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}. {ever} {he}
+{mend}.; damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture} | it
+stood in the {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy} | nobody
+had oiled it/oiled the {part} every {weekday} | {a state3} screw was (loose|missing)/checked the screws {adverb2} | the
+frost cracked it/kept the {toy} in {a colour5} blanket | {a trait6} {thief} chewed it/hid the {toy} from every {thief};
 noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
-    {monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so
-    {sad}?" {asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept}
-    {adverb} past {a state2} {furniture}, {a look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no
-    {monster}, only {source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3}
-    {treat3} in bed, and {hero} and {pet} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.
-one: One {weather}
+{monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so {sad}?"
+{asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept} {adverb} past {a
+state2} {furniture}, {a look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no {monster}, only
+{source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3} {treat3} in bed, and
+{hero} and {pet} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.; one: One {weather};
 sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2} | tap/a
-    branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2} | buzz/a bee
-    in a {container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4} | flap/{a
-    colour3} curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket |
-    tick/an old clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea | thump/a ball on
-    the stairs/put it in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4} | hoot/an owl
-    in a {container}/waved to it {adverb2} | plop/a frog in a {container}/carried it to the {place3} | rustle/a
-    hedgehog in a {container}/led it to the {place3} | clang/a pan on a hook/took it down {adverb2}
+branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2} | buzz/a bee in a
+{container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4} | flap/{a colour3}
+curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket | tick/an old
+clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea | thump/a ball on the stairs/put it
+in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4} | hoot/an owl in a {container}/waved
+to it {adverb2} | plop/a frog in a {container}/carried it to the {place3} | rustle/a hedgehog in a {container}/led it to
+the {place3} | clang/a pan on a hook/took it down {adverb2};
 trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
-    {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
-    {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}.
-    {feast} That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I
-    helped when {problem}," {beamed} {hero}.
-problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch | the (wind|storm) took the {den}/built one by
-    the {spot} | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4} | the (fire|lamp) in the {den} went
-    out/lit {a quality2} lamp | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a state3}
-    {container} | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of
-    {stuff2} | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2}
+{asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
+{colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}. {feast}
+That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I helped when
+{problem}," {beamed} {hero}.; problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch | the (wind|storm)
+took the {den}/built one by the {spot} | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4} | the (fire|lamp)
+in the {den} went out/lit {a quality2} lamp | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a
+state3} {container} | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of
+{stuff2} | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2};
 quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4}
-    {spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}.
-    "No, mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3}, but felt {sad}. So {he}
-    packed {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the
-    {thing}, because {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5}
-    {spot2}. {ever} both could {use} it.
-reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5} {royal} had
-    made it | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3}
+{spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}. "No,
+mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3}, but felt {sad}. So {he} packed
+{taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the {thing}, because
+{reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5} {spot2}. {ever} both could
+{use} it.; reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5}
+{royal} had made it | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3};
 gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
-    {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero}
-    took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb}. {one}
-    {weekday} {he} {went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent}," {said}
-    {hero}. "{hooray}! Now I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.
-spent/save: the money went on {a look4} {garment3}/bought no {garment3} again | {a scary} {thief} took the money/hid
-    the money from every {thief} | the coins fell down {a look4} drain/kept coins in {a state4} {container} | the money
-    went to {a trait5} {worker}/saved some coins for the {worker} | the {bag} had {a size} hole/sewed up the {bag}
-    {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4}
-
+{his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero} took
+{colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb}. {one} {weekday} {he}
+{went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent}," {said} {hero}. "{hooray}! Now
+I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.; spent/save: the money went on {a look4} {garment3}/bought
+no {garment3} again | {a scary} {thief} took the money/hid the money from every {thief} | the coins fell down {a look4}
+drain/kept coins in {a state4} {container} | the money went to {a trait5} {worker}/saved some coins for the {worker} |
+the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4};
 wet = rain snow mud sun; gale = storm gale whirlwind hurricane blizzard breeze; hero/child/he/his/him =
 {girl}/girl/she/her/her {boy}/boy/he/his/him; girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella
 Elsie Emma Eva Fay Flora Gwen Hana Holly Ida Iris Isla Jane Jill Josie June Kate Kim Lena Lily Lola Lucy Mabel Maya Meg
 Mia Molly Nell Nina Nora Penny Polly Rosa Ruby Sally Sara Sofia Sue Tess Tina Una Vera Wendy Yara Zoe Zuri; boy = Adam
-Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian Ivan Jack
-Jake Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete Ravi Rob Sam
-Ted Theo Tim Tom Toby Victor Will Yusuf Zac; pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern
-Fidget Fluff Fudge Ginger Inky Jelly Maple Mitten Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle
-Pip Plum Raisin Rusty Scout Smudge Snowy Speck Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy
-Zippy; animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony
-donkey goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket
-weasel moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse
-gecko; trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet
-funny sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy
-jolly wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty
-chatty earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump
-quick rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany; look = crooked narrow mossy dark
-sunny ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious pleasant deserted crowded huge
-small large haunted cosy dreary secret remote popular bleak spotless wide tall cold unknown frosty snowy foggy dusty
-quaint colossal damp misty low vast windy leafy muddy private public sandy simple stately silvery stony ruined rosy
-royal draughty grim mighty wild lovely exotic rustic humble ugly odd; home = house cottage cabin farmhouse lighthouse
-windmill caravan tower bungalow hut mill inn barn houseboat castle tent palace lodge villa chalet mansion shed bakery
-treehouse igloo wigwam; near = near by beside behind; place = river orchard beach forest meadow lake market harbour
-station hill park pond library farm zoo island cave bridge field vineyard school church museum canal quarry marsh
-theatre airport circus waterfall playground village valley swamp mountain desert jungle hospital chapel monastery
-volcano glacier moor racetrack; weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly
-crisp mild glorious golden wet sweltering blustery bright dull fine humid hazy freezing scorching; daytime = morning
-afternoon Monday Tuesday Wednesday Thursday Friday Saturday Sunday; weekday = Monday Tuesday Wednesday Thursday Friday
-Saturday Sunday; relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher
-godmother stepfather nephew niece nanny; number = two three four five six seven eight; siblings = brothers sisters
-cousins goldfish hamsters hens sheep canaries ponies rabbits tortoises aunts uncles spaniels poodles geese cats dogs
-twins pigs owls mice goats nieces; loved = loved liked enjoyed; hobby = painting singing dancing swimming reading
-baking knitting drawing cycling fishing gardening sewing skating sailing juggling hiking acting cooking camping
-sledging stargazing rowing wrestling yodelling carving daydreaming exploring inventing counting humming gossiping
-weaving surfing skiing pottery chess hopscotch tennis football cricket golf ballet archery poetry hockey karate art
-darts drama history judo jokes maths music puppets riddles rugby science tag yoga; colour = red blue green purple
-orange pink brown black white violet turquoise crimson scarlet lilac maroon beige silver emerald striped spotted yellow
-tartan mauve bronze navy amber indigo coral ivory checked grey golden tan teal lime rose plum ruby khaki cream; garment
-= coat hat scarf jacket jumper cap cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan waistcoat
-hood tunic sash collar bandana kerchief nightcap overcoat robe parka anorak blazer turban headband belt pullover sunhat
-fleece jersey bow_tie; went = went walked ran hurried strolled wandered skipped marched raced cycled; thing/use =
-kite/fly drum/beat ball/bounce book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll puzzle/solve
-map/follow coin/spend marble/flick telescope/aim hammer/swing compass/consult clock/wind lamp/light umbrella/open
-mirror/polish jigsaw/finish guitar/strum balloon/hold locket/unlock medal/show necklace/admire torch/shine
-boomerang/throw scooter/ride wagon/pull rocket/launch trumpet/blow magnet/test pencil/sharpen camera/use basket/fill
-pillow/squeeze rattle/shake puppet/move sledge/steer carpet/unroll ladder/climb cup/drink_from chair/sit_on
-pen/write_with; quality = shiny little new bright tiny beautiful handsome polished precious splendid fancy dazzling
-glittering elegant pretty smooth lovely marvellous remarkable peculiar heavy rare sturdy colourful perfect strange
-foreign gorgeous charming wonderful unusual modern glossy wooden painted curious gleaming delicate exquisite fine dear
-neat magic costly jolly lucky special sparkly stylish superb valuable solid slender charmed clean; sad = sad upset
-gloomy worried miserable unhappy lonely glum troubled sorrowful tearful downcast anxious pale silent dejected mournful
-wretched fretful sulky forlorn wistful heartbroken flustered crestfallen melancholy cross bitter; treat = pancakes
-waffles soup toast honey jam biscuits porridge cherries plums pears strawberries raspberries blueberries noodles
-dumplings pies buns cookies doughnuts custard jelly pudding cheese popcorn nuts sandwiches tarts cakes lemonade cocoa
-milk juice tea cider bread butter salad rice beans sausages omelettes crackers pretzels peaches apricots raisins
-marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts gingerbread lasagne curry stew; taste = warm sweet
-fresh creamy fruity tasty cold yummy plain salty tangy rich chilled delicious homemade spicy leftover heavenly peppery
-minty lemony gingery smoky nutty honeyed buttery thin thick light dark bitter bland French Greek Italian Turkish
-Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour pale soft; stuff = glue string tape wire
-ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin foil canvas cork paste wood cloth paper
-silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud paint satin tweed twine yarn; tool = saw
-brush spanner chisel needle file drill axe knife ruler spade rake shovel hook trowel whisk screwdriver crowbar sieve
-pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack lever net pick pin plane sponge vice wedge
-winch pulley; adverb = slowly quietly carefully eagerly calmly bravely patiently cheerfully hopefully busily nervously
-politely wisely happily gladly firmly gracefully stubbornly sensibly proudly solemnly dreamily promptly gently softly
-shyly boldly kindly swiftly secretly earnestly faithfully briskly cleverly coolly daintily deftly fondly freely humbly
-keenly merrily neatly nimbly readily silently smartly steadily tenderly warmly; spot = barrel bench bush cart crate
-fence gate hedge log oak pine rock swing statue table haystack wall woodpile willow chestnut fountain signpost boulder
-birch pump trough henhouse greenhouse lilac lamppost thornbush stump scarecrow birdbath sundial beehive maple hammock
-flagpole wheelbarrow; state = rusty muddy dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy
-sandy sooty smelly stained spare sticky weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap
-wobbly dusty wet oily mouldy slippery dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty drab; junk
-= boot spoon bottle brick button comb fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble tyre
-wheel chain doorknob colander cog anchor flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet pulley
-tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop dish clog; bag = bag pocket basket purse suitcase
-satchel rucksack backpack knapsack; strap = strap handle string buckle clasp; thief = magpie fox jackdaw monkey crow
-raccoon rat pirate goblin burglar; toy/part = wagon/wheel bicycle/chain swing/seat boat/mast robot/arm umbrella/rib
-tent/pole doll/head puppet/leg clock/spring piano/pedal windmill/blade guitar/neck kite/tail scooter/brake lamp/switch
-drum/skin dollhouse/roof carousel/horse telescope/lens violin/bow wheelchair/brake; beast = cow pig elephant goat bull
-sheep horse camel hippo walrus moose llama; worker = carpenter blacksmith baker farmer fisherman tailor miller sailor
-painter plumber doctor postman potter cobbler jeweller mechanic gardener builder miner shepherd captain librarian
-woodcutter locksmith juggler; furniture = table wardrobe sofa cupboard bookcase desk stool armchair dresser cradle
-mattress bathtub stove shelf piano fireplace sideboard hatstand; room = attic cellar kitchen hall pantry bathroom
-garage workshop hallway laundry nursery parlour; scary = hairy giant slimy fierce wicked horrible terrible frightening
-awful dreadful monstrous gigantic ghastly; monster = dragon ghost ogre witch troll vampire wolf crocodile wizard spider
-robber python tiger skeleton; feature = teeth eyes claws ears horns fangs feet wings toes whiskers eyebrows elbows
-spikes scales nostrils; lamp = lamp candle lantern torch; crept = crept tiptoed sneaked crawled; container = bucket box
-jar pot tub bowl chest tin drawer pail barrel vase; den = den nest burrow tunnel hut treehouse; gem = diamonds rubies
-emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire jewels; royal = king queen prince
-princess emperor knight duke; asked = asked wondered enquired; said = said replied answered whispered sighed murmured
-sniffed mumbled admitted groaned sobbed muttered; beamed = said beamed smiled answered replied laughed explained
-declared chuckled grinned; snapped = snapped shouted yelled cried growled hissed called screamed; cried = cried shouted
-laughed cheered exclaimed sang squealed called yelled giggled; hooray = Hooray Wonderful Hurrah Splendid Marvellous
-Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb Great Super Amazing; shared = shared ate had; size =
-big small wide long nasty secret;
+Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian Ivan Jack Jake
+Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete Ravi Rob Sam Ted
+Theo Tim Tom Toby Victor Will Yusuf Zac; pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern Fidget
+Fluff Fudge Ginger Inky Jelly Maple Mitten Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle Pip Plum
+Raisin Rusty Scout Smudge Snowy Speck Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy Zippy;
+animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony donkey
+goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket weasel
+moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse gecko;
+trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet funny
+sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy jolly
+wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty chatty
+earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump quick
+rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany; look = crooked narrow mossy dark sunny
+ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious pleasant deserted crowded huge small large
+haunted cosy dreary secret remote popular bleak spotless wide tall cold unknown frosty snowy foggy dusty quaint colossal
+damp misty low vast windy leafy muddy private public sandy simple stately silvery stony ruined rosy royal draughty grim
+mighty wild lovely exotic rustic humble ugly odd; home = house cottage cabin farmhouse lighthouse windmill caravan tower
+bungalow hut mill inn barn houseboat castle tent palace lodge villa chalet mansion shed bakery treehouse igloo wigwam;
+near = near by beside behind; place = river orchard beach forest meadow lake market harbour station hill park pond
+library farm zoo island cave bridge field vineyard school church museum canal quarry marsh theatre airport circus
+waterfall playground village valley swamp mountain desert jungle hospital chapel monastery volcano glacier moor
+racetrack; weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly crisp mild glorious
+golden wet sweltering blustery bright dull fine humid hazy freezing scorching; daytime = morning afternoon Monday
+Tuesday Wednesday Thursday Friday Saturday Sunday; weekday = Monday Tuesday Wednesday Thursday Friday Saturday Sunday;
+relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher godmother stepfather
+nephew niece nanny; number = two three four five six seven eight; siblings = brothers sisters cousins goldfish hamsters
+hens sheep canaries ponies rabbits tortoises aunts uncles spaniels poodles geese cats dogs twins pigs owls mice goats
+nieces; loved = loved liked enjoyed; hobby = painting singing dancing swimming reading baking knitting drawing cycling
+fishing gardening sewing skating sailing juggling hiking acting cooking camping sledging stargazing rowing wrestling
+yodelling carving daydreaming exploring inventing counting humming gossiping weaving surfing skiing pottery chess
+hopscotch tennis football cricket golf ballet archery poetry hockey karate art darts drama history judo jokes maths
+music puppets riddles rugby science tag yoga; colour = red blue green purple orange pink brown black white violet
+turquoise crimson scarlet lilac maroon beige silver emerald striped spotted yellow tartan mauve bronze navy amber indigo
+coral ivory checked grey golden tan teal lime rose plum ruby khaki cream; garment = coat hat scarf jacket jumper cap
+cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan waistcoat hood tunic sash collar bandana
+kerchief nightcap overcoat robe parka anorak blazer turban headband belt pullover sunhat fleece jersey bow_tie; went =
+went walked ran hurried strolled wandered skipped marched raced cycled; thing/use = kite/fly drum/beat ball/bounce
+book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll puzzle/solve map/follow coin/spend marble/flick
+telescope/aim hammer/swing compass/consult clock/wind lamp/light umbrella/open mirror/polish jigsaw/finish guitar/strum
+balloon/hold locket/unlock medal/show necklace/admire torch/shine boomerang/throw scooter/ride wagon/pull rocket/launch
+trumpet/blow magnet/test pencil/sharpen camera/use basket/fill pillow/squeeze rattle/shake puppet/move sledge/steer
+carpet/unroll ladder/climb cup/drink_from chair/sit_on pen/write_with; quality = shiny little new bright tiny beautiful
+handsome polished precious splendid fancy dazzling glittering elegant pretty smooth lovely marvellous remarkable
+peculiar heavy rare sturdy colourful perfect strange foreign gorgeous charming wonderful unusual modern glossy wooden
+painted curious gleaming delicate exquisite fine dear neat magic costly jolly lucky special sparkly stylish superb
+valuable solid slender charmed clean; sad = sad upset gloomy worried miserable unhappy lonely glum troubled sorrowful
+tearful downcast anxious pale silent dejected mournful wretched fretful sulky forlorn wistful heartbroken flustered
+crestfallen melancholy cross bitter; treat = pancakes waffles soup toast honey jam biscuits porridge cherries plums
+pears strawberries raspberries blueberries noodles dumplings pies buns cookies doughnuts custard jelly pudding cheese
+popcorn nuts sandwiches tarts cakes lemonade cocoa milk juice tea cider bread butter salad rice beans sausages omelettes
+crackers pretzels peaches apricots raisins marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts
+gingerbread lasagne curry stew; taste = warm sweet fresh creamy fruity tasty cold yummy plain salty tangy rich chilled
+delicious homemade spicy leftover heavenly peppery minty lemony gingery smoky nutty honeyed buttery thin thick light
+dark bitter bland French Greek Italian Turkish Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour
+pale soft; stuff = glue string tape wire ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin
+foil canvas cork paste wood cloth paper silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud
+paint satin tweed twine yarn; tool = saw brush spanner chisel needle file drill axe knife ruler spade rake shovel hook
+trowel whisk screwdriver crowbar sieve pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack
+lever net pick pin plane sponge vice wedge winch pulley; adverb = slowly quietly carefully eagerly calmly bravely
+patiently cheerfully hopefully busily nervously politely wisely happily gladly firmly gracefully stubbornly sensibly
+proudly solemnly dreamily promptly gently softly shyly boldly kindly swiftly secretly earnestly faithfully briskly
+cleverly coolly daintily deftly fondly freely humbly keenly merrily neatly nimbly readily silently smartly steadily
+tenderly warmly; spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing statue table haystack wall
+woodpile willow chestnut fountain signpost boulder birch pump trough henhouse greenhouse lilac lamppost thornbush stump
+scarecrow birdbath sundial beehive maple hammock flagpole wheelbarrow; state = rusty muddy dirty faded battered worn
+cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly stained spare sticky weathered dented grimy
+patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet oily mouldy slippery dingy blunt crusty filthy
+gritty grey lumpy musty odd old stiff tatty drab; junk = boot spoon bottle brick button comb fork jar jug kettle lid mug
+nail pipe plate saucepan teapot teacup thimble tyre wheel chain doorknob colander cog anchor flowerpot tray helmet ladle
+funnel padlock bolt hairpin birdcage goblet pulley tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop
+dish clog; bag = bag pocket basket purse suitcase satchel rucksack backpack knapsack; strap = strap handle string buckle
+clasp; thief = magpie fox jackdaw monkey crow raccoon rat pirate goblin burglar; toy/part = wagon/wheel bicycle/chain
+swing/seat boat/mast robot/arm umbrella/rib tent/pole doll/head puppet/leg clock/spring piano/pedal windmill/blade
+guitar/neck kite/tail scooter/brake lamp/switch drum/skin dollhouse/roof carousel/horse telescope/lens violin/bow
+wheelchair/brake; beast = cow pig elephant goat bull sheep horse camel hippo walrus moose llama; worker = carpenter
+blacksmith baker farmer fisherman tailor miller sailor painter plumber doctor postman potter cobbler jeweller mechanic
+gardener builder miner shepherd captain librarian woodcutter locksmith juggler; furniture = table wardrobe sofa cupboard
+bookcase desk stool armchair dresser cradle mattress bathtub stove shelf piano fireplace sideboard hatstand; room =
+attic cellar kitchen hall pantry bathroom garage workshop hallway laundry nursery parlour; scary = hairy giant slimy
+fierce wicked horrible terrible frightening awful dreadful monstrous gigantic ghastly; monster = dragon ghost ogre witch
+troll vampire wolf crocodile wizard spider robber python tiger skeleton; feature = teeth eyes claws ears horns fangs
+feet wings toes whiskers eyebrows elbows spikes scales nostrils; lamp = lamp candle lantern torch; crept = crept tiptoed
+sneaked crawled; container = bucket box jar pot tub bowl chest tin drawer pail barrel vase; den = den nest burrow tunnel
+hut treehouse; gem = diamonds rubies emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire
+jewels; royal = king queen prince princess emperor knight duke; asked = asked wondered enquired; said = said replied
+answered whispered sighed murmured sniffed mumbled admitted groaned sobbed muttered; beamed = said beamed smiled
+answered replied laughed explained declared chuckled grinned; snapped = snapped shouted yelled cried growled hissed
+called screamed; cried = cried shouted laughed cheered exclaimed sang squealed called yelled giggled; hooray = Hooray
+Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb Great Super
+Amazing; shared = shared ate had; size = big small wide long nasty secret;
 """
 
 Cell = str | tuple  # a word, or a tuple of text and slots; a slot is (form, name): {a trait} is ("a", "trait")
 STORY = (("", "story"),)  # where every derivation begins
-
 @functools.cache
 def _rules() -> dict[str, tuple[list[str], list[tuple[Cell, ...]], tuple]]:
     """Compile the grammar: the name in a slot -> (all columns drawn with it, rows, key of the rows already taken)."""
     lines = {}
-    for head, body, word_head, words in re.findall(r"^([\w/]+):((?: .*\n)+)|([\w/]+)\s=\s([^;]+);", GRAMMAR, re.M):
-        if words:
-            lines[word_head] = [word.replace("_", " ") for word in words.split()]
+    for head, sign, body in re.findall(r"([\w/]+)(:|\s=)\s([^;]+);", GRAMMAR):
+        if sign != ":":
+            lines[head] = [word.replace("_", " ") for word in body.split()]
             continue
         body = " ".join(body.split())
         while group := re.search(r"\(([^()]*)\)", body):  # (x|y|) becomes a rule of its own
             lines[name := f"{len(lines)}~"] = group[1].split("|")
             body = f"{body[:group.start()]}{{{name}}}{body[group.end():]}"
         lines[head] = body.split(" | ")
-
+    def slot(text: str) -> tuple[str, str]:
+        form, _, name = text.rpartition(" ")
+        return form or ("A" if name[0].isupper() else ""), name.lower()
     def cell(text: str) -> Cell:
         pieces = re.split(r"\{(.*?)\}", text)
-        slots = []
-        for slot in pieces[1::2]:
-            form, _, name = slot.rpartition(" ")
-            slots.append((form or ("A" if name[0].isupper() else ""), name.lower()))
-        parts = [part for pair in zip(pieces[::2], [*slots, ""]) for part in pair if part]
-        return tuple(parts) if slots else text
-
+        parts = tuple(slot(piece) if place % 2 else piece for place, piece in enumerate(pieces) if piece)
+        return parts if len(pieces) > 1 else text
     rules = {}
     for head, rows in lines.items():
         columns, rows = head.split("/"), [tuple(map(cell, row.split("/"))) for row in rows]
@@ -912,7 +856,7 @@ def _write(parts: tuple, memory: dict, draw: Callable[[], float]) -> tuple[str, 
         if name not in memory:
             columns, rows, taken = _rules()[name]
             used = memory.get(taken, ())
-            while (row := rows[int(draw() * len(rows))]) in used:  # subtle: a list needs as many rows as it has slots
+            while (row := rows[int(draw() * len(rows))]) in used:
                 pass
             nats += math.log(len(rows) - len(used))
             memory.update(zip(columns, row))
@@ -961,43 +905,28 @@ def stories(seed: int, first: int = 0) -> Iterator[str]:
 
 def story_nats(text: str) -> float:
     """-log p of `text` under the grammar, which no model can beat on average; ValueError if it is not a story."""
-    for nats in _read(text):
-        return nats  # the only one: no text has two derivations
-    raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
+    if (nats := next(_read(text), None)) is None:  # the only one: no text has two derivations
+        raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
+    return nats
 
 # --- 9. A built-in corpus: arithmetic ---
-#
 # Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
 # of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
-
 NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
 KINDS = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-class Problem(NamedTuple):
-    question: str  # a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
-    work: str
-    answer: str
+# a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
+Problem = namedtuple("Problem", "question work answer")
 
 def in_words(number: int) -> str:
-    """
-    >>> in_words(7), in_words(42), in_words(119)
-    ('seven', 'forty-two', 'one hundred and nineteen')
-    """
     if number >= 100:
         return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
     tens, rest = TENS[number // 10 - 2], number % 10
     return UNITS[number] if number < 20 else f"{tens}-{UNITS[rest]}" if rest else tens
 
 def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
-    """Problems first, first + 1, ... of a seed.
-    >>> print(*next(arithmetic_problems(0, 6)), sep="\\n")
-    What is 259 + 25 * 5?
-    25 * 5 = 125. 259 + 125 = 384.
-    384
-    """
     for number in itertools.count(first):
         rng = random.Random(f"arithmetic {seed} {number}")
         form = rng.choice(("digits", "words", "story", "logic"))
@@ -1028,12 +957,11 @@ def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
 
 # --- 10. Corpora, to token arrays ---
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+TINY = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 DOWNLOADS = {  # dataset -> split -> (address, bytes of text)
-    "tinystories": {"train": (TINYSTORIES + "train.txt", 2_227_753_162),
-                    "val": (TINYSTORIES + "valid.txt", 22_502_601)},
+    "tinystories": {"train": (TINY + "train.txt", 2_227_753_162), "val": (TINY + "valid.txt", 22_502_601)},
     "owt": {"train": (OWT + "train.txt.gz", 11_920_511_059), "val": (OWT + "valid.txt.gz", 289_998_753)},
     "shakespeare": {"all": (SHAKESPEARE, 1_115_394)},
 }
@@ -1083,16 +1011,14 @@ def download(url: str, path: Path, *, first_bytes: int | None = None, expected_b
         if not part.exists() or part.stat().st_size <= before:  # as long as something comes, the next attempt goes on
             for name in ("reason", "reason", "strerror"):  # the bare words, without wrappers and numbers
                 problem = getattr(problem, name, None) or problem
-            raise OSError(f"{urllib.parse.urlsplit(url).hostname}: {problem}") from None
+            raise OSError(f"{request.host.partition(':')[0]}: {problem}") from None
 
 def download_text(dataset: str, split: str, path: Path, data_bytes: int | None) -> None:
     """One text of DOWNLOADS, whole, or its first data_bytes up to the end of a document."""
     (url, size), fetched = DOWNLOADS[dataset][split], path.with_suffix(".download")
     taken, packed = data_bytes if data_bytes and data_bytes < size else None, url.endswith(".gz")
-    if packed:  # its size is not known before; text packs to less than half, so half the bytes hold enough of it
-        download(url, fetched, first_bytes=taken and taken // 2)
-    else:
-        download(url, fetched, first_bytes=taken, expected_bytes=size)
+    # packed, its size is not known before; text packs to less than half, so half the bytes hold enough of it
+    download(url, fetched, first_bytes=taken and taken // (1 + packed), expected_bytes=None if packed else size)
     with (gzip.open if packed else open)(fetched, "rb") as source, write_atomically(path, "wb+") as target:
         try:
             while data := source.read1(min(1 << 18, (taken or size + 1) - target.tell())):
@@ -1117,10 +1043,8 @@ def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> 
     for chunk in chunks_of(source, [END_OF_TEXT], CHUNK_BYTES):
         read_text(source, *chunk)  # says where the text is not UTF-8 before anything is written
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-
         def character(place: int) -> int:  # the next place that is not within one
             return next((at for at in range(place, len(data)) if data[at] & 0xC0 != 0x80), len(data))
-
         size, mark = character(min(len(data), data_bytes or len(data))), END_OF_TEXT.encode("ascii")
         cut = int(size * 0.9)
         ends = (data.find(mark, cut, size - len(mark)), data.rfind(mark, 0, cut))  # the next end, else the last
@@ -1147,8 +1071,7 @@ def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_worke
 
 def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: int | None, say: Callable) -> None:
     """See that train.txt and val.txt are in the folder, made from what is asked for. Raises OSError without a network.
-    source.json, written last, says what they were made from; without it they are somebody's own and used as they are.
-    """
+    source.json, written last, says what they were made from; without it they are somebody's own and stay."""
     train, val, record = folder / "train.txt", folder / "val.txt", folder / "source.json"
     wanted: dict[str, Any] = {"dataset": dataset, "data_bytes": data_bytes}
     if dataset in GENERATORS:
@@ -1171,21 +1094,19 @@ def make_texts(dataset: str, folder: Path, data_bytes: int | None, num_workers: 
         return write_json(record, wanted)
     if dataset in GENERATORS:
         say(f"data: generating {wanted['data_bytes'] / 1e6:,.1f} MB of {dataset}, validation from another seed")
-    else:
-        say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
-    if splits:
-        download_text(dataset, "all", folder / "input.txt", None)
-    val.unlink(missing_ok=True)  # comes last: a run that is interrupted leaves none, and the next one begins anew
-    if dataset in GENERATORS:
+        val.unlink(missing_ok=True)  # comes last: a run that is interrupted leaves none, and the next one begins anew
         generate_text(dataset, 0, train, wanted["data_bytes"], num_workers)
         generate_text(dataset, 1, val, min(1_000_000, wanted["data_bytes"] // 10), num_workers)
     else:
+        say(f"data: {dataset}, {amount} of it, the first 90 % for training and the rest for validation")
+        if splits:
+            download_text(dataset, "all", folder / "input.txt", None)
+        val.unlink(missing_ok=True)
         split_text(folder / "input.txt" if splits else Path(dataset), train, val, data_bytes)
     write_json(record, wanted)
 
 # dataset is the one used: "stories" when "tinystories" could not be had; the rest are paths, tokens arrays on disk
 Prepared = namedtuple("Prepared", "dataset train_text val_text train_tokens val_tokens tokenizer_dir")
-
 def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,),
             data_dir: PathLike = "data", data_bytes: int | None = None, num_workers: int | None = None,
             say: Callable[[str], None] = print) -> Prepared:
@@ -1225,8 +1146,9 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
         write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(num_workers)})
     tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
     for text, npy in zip(texts, arrays):
+        facts = read_json(npy.with_suffix(".json"))
         wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
-        if not (npy.exists() and wanted.items() <= read_json(npy.with_suffix(".json")).items()):
+        if not (npy.exists() and "crc32" in facts and wanted.items() <= facts.items()):
             count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
             facts = read_json(npy.with_suffix(".json"))
             speed = f"{facts['bytes_per_token']:.2f} bytes, {facts['tokens_per_second']:,.0f} a second"
@@ -1244,24 +1166,24 @@ def peak_memory_bytes(num_workers: int | None) -> int:
     return units * (1 if sys.platform == "darwin" else 1024)
 
 def library_sources() -> bytes:
-    """A text that is present everywhere: the modules of Python's own library."""
     return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+
+def summary(tokenizer: Tokenizer, seconds: Mapping[str, float], memory_bytes: int) -> str:
+    stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "nothing to do"
+    longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
+    return f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
     number, step, seconds = itertools.count(1), max(1, vocab_size // 40), {}
     print(f"training {vocab_size:,} tokens on {text_size(path) / 1e6:,.1f} MB\n   merge      count  new token")
-
     def tell(pair: Pair, count: int) -> None:
         if (rank := next(number)) <= 10 or rank % step == 0:
             print(f"{rank:8,} {count:10,}  {pair[0]!r} + {pair[1]!r}", flush=True)
-
-    vocab, merges = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, on_merge=tell, seconds=seconds)
-    tokenizer = Tokenizer(vocab, merges, special_tokens)
+    trained = train_bpe(path, vocab_size, special_tokens, num_workers=num_workers, on_merge=tell, seconds=seconds)
+    tokenizer = Tokenizer(*trained, special_tokens)
     text = read_text(path, *chunks_of(path, special_tokens, 1_000_000)[0])
-    stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    longest = max(map(b"".join, merges), key=len, default=b"")
-    print(f"{stages}, {peak_memory_bytes(num_workers) / 1e6:,.0f} MB of memory; longest token {longest!r}")
+    print(summary(tokenizer, seconds, peak_memory_bytes(num_workers)))
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
@@ -1272,39 +1194,27 @@ def pieces_of(tokenizer: Tokenizer, text: str) -> str:
     return f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}"
 
 def report(data_dir: Path) -> str:
-    """Every tokenizer at hand on 10 documents of every corpus at hand."""
-    folders = sorted(path.parent for path in data_dir.glob("*/bpe*/tokenizer.json"))
-    if not folders:
+    """Every tokenizer at hand, how it was trained, and how it does on the beginning of every corpus at hand."""
+    if not (folders := sorted(path.parent for path in data_dir.glob("*/bpe*/tokenizer.json"))):
         raise UserError(f"no tokenizer lies under {data_dir}/: python train.py --dataset stories makes one")
-    corpora = {}
-    for path in sorted(data_dir.glob("*/val.txt")):
-        with open(path, "rb") as file:
-            corpora[path.parent.name] = file.read(1_000_000).decode("utf-8", errors="ignore").split(END_OF_TEXT)[:10]
-    lines = [f"{'tokenizer':<24} {'tokens':>8} {'training':>9} {'memory':>9} {'slowest':>9}  longest token"]
-    names = "".join(f" {name[:12]:>12}" for name in corpora)
-    table = [f"{'bytes per token':<24}{names}     MB/s  hours for 825 GB"]
+    lines, corpora = [], sorted(data_dir.glob("*/val.txt"))
     for folder in folders:
         tokenizer, facts = Tokenizer.load(folder), read_json(folder / "training.json")
-        name, seconds = f"{folder.parent.name}/{folder.name}", facts.get("seconds") or {"-": 0.0}
-        training = f"{sum(seconds.values()):7,.1f} s {facts.get('peak_memory_bytes', 0) / 1e6:6,.0f} MB"
-        longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-        slowest = max(seconds, key=seconds.get)
-        lines.append(f"{name:<24} {tokenizer.vocab_size:>8,} {training} {slowest:>9}  {longest!r}")
-        cells = ""
-        for texts in corpora.values():
-            tokens = sum(map(len, map(tokenizer.encode, texts)))
-            cells += f" {len(''.join(texts).encode('utf-8')) / max(1, tokens):12.2f}"
-        path = folder.parent / "train.txt"
-        text, started = read_text(path, *chunks_of(path, [END_OF_TEXT], CHUNK_BYTES)[0]), time.perf_counter()
-        tokenizer.encode(text)
-        rate = len(text.encode("utf-8")) / (time.perf_counter() - started)
-        table.append(f"{name:<24}{cells} {rate / 1e6:8.1f}  {825e9 / rate / 3600:16,.0f}")
-    return "\n".join([*lines, "", *table, "MB/s of one process; the processors of a machine share the hours"])
+        about = summary(tokenizer, facts.get("seconds", {}), facts.get("peak_memory_bytes", 0))
+        lines.append(f"{folder.parent.name}/{folder.name}, {about}")
+        for path in corpora:
+            text = read_text(path, *chunks_of(path, [END_OF_TEXT], 1_000_000)[0])
+            documents, started = text.split(END_OF_TEXT)[:10], time.perf_counter()
+            tokenizer.encode(text)
+            rate = len(text.encode("utf-8")) / (time.perf_counter() - started)
+            size = len("".join(documents).encode("utf-8")) / sum(map(len, map(tokenizer.encode, documents)))
+            lines.append(f"    {path.parent.name:<16} {size:5.2f} bytes a token; {rate / 1e6:4.1f} MB/s a process, "
+                         f"{825e9 / rate / 3600:5,.0f} hours for 825 GB")
+    return "\n".join(lines)
 
 def main(argv: Sequence[str] | None = None) -> None:
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
-
     parser = argparse.ArgumentParser(description="Train a byte-pair encoding, or look at one.", allow_abbrev=False)
     parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     parser.add_argument("--input", type=Path, help="text to train on (default: the sources of Python's own library)")

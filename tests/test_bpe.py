@@ -77,7 +77,7 @@ def no_proxy(monkeypatch):
 def test_doctests():
     """Every worked example in the file is true."""
     result = doctest.testmod(bpe)
-    assert result.failed == 0 and result.attempted >= 10, f"{result}"
+    assert result.failed == 0 and result.attempted >= 8, f"{result}"
 
 
 def test_import_is_light():
@@ -119,10 +119,9 @@ def test_pieces_and_borders_change_nothing():
         text = nasty_text(rng, rng.randint(1, 40))
         whole = bpe.PRETOKEN.findall(text)
         assert pretokens(bpe.PIECE.findall(text)) == whole, f"{text!r}"
-        first, last = bpe.FIRST_BORDER.search(text), bpe.LAST_BORDER.search(text)
-        borders = [match.start() for match in regex.finditer(bpe.BORDER, text)]
-        ends = [borders[0], borders[-1]] if borders else [None, None]
-        assert [match and match.start() for match in (first, last)] == ends, f"{text!r}"
+        last = bpe.LAST_BORDER.search(text)
+        borders = [match.start() for match in bpe.BORDER.finditer(text)]
+        assert (last.start() if last else None) == (borders[-1] if borders else None), f"{text!r}"
         for border in borders:  # the left part may be cut before, the right part may go on
             parts = bpe.PRETOKEN.findall(text[:border]) + bpe.PRETOKEN.findall(text[border:])
             assert parts == whole, f"{text!r} at {border}: {parts} != {whole}"
@@ -307,6 +306,22 @@ def test_ctrl_c_leaves_no_orphans(tmp_path):
     while processes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes() == 0 and run.returncode != 0, f"{processes()} processes are left"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """A parent that is killed, and so can end nobody, leaves no workers."""
+    code = ("import bpe, os, time\ndef task(shared, number):\n    print(1, flush=True)\n    time.sleep(60)\n"
+            "if __name__ == '__main__':\n import script\n next(bpe.parallel_map(script.task, 0, [(1,)] * 6, 2))\n")
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    paths = os.pathsep.join([str(Path(bpe.__file__).parent), str(tmp_path)])
+    run = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=os.environ | {"PYTHONPATH": paths},
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run.stdout.readline(), run.stdout.readline()
+    run.kill()
+    started = time.monotonic()
+    run.communicate(timeout=20)  # standard output ends with the last of the workers
+    assert time.monotonic() - started < 10, "workers outlived their parent"
 
 
 def test_workers_do_not_run_the_script(tmp_path):
@@ -508,7 +523,7 @@ def test_files_round_trip(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "tokenizer.json", "vocab.json"], (
         "leftovers"
     )
-    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n"), "GPT-2's first line"
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2 sha256:"), "the first line"
 
 
 def test_damaged_files(tmp_path, tokenizer):
@@ -521,11 +536,11 @@ def test_damaged_files(tmp_path, tokenizer):
         (tmp_path / "broken.json").write_text(broken, encoding="utf-8")
         with pytest.raises(UserError, match="broken.json or .*merges.txt is damaged"):
             Tokenizer.from_files(tmp_path / "broken.json", merges)
-    for broken in ("a", "a b c", "a \u4f60"):
+    for broken in ("", "#version", "#version: 0.2 sha2", "a", "#version: 0.2\na b c", "#version: 0.2\na \u4f60"):
         (tmp_path / "broken.txt").write_text(broken, encoding="utf-8")
         with pytest.raises(UserError, match="vocab.json or .*broken.txt is damaged"):
             Tokenizer.from_files(vocab, tmp_path / "broken.txt")
-    (tmp_path / "other.txt").write_text("Q Z\n", encoding="utf-8")
+    (tmp_path / "other.txt").write_text("#version: 0.2\nQ Z\n", encoding="utf-8")
     with pytest.raises(UserError, match="a merge needs b'QZ', which the vocabulary lacks"):
         Tokenizer.from_files(vocab, tmp_path / "other.txt")
     theirs = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -535,6 +550,42 @@ def test_damaged_files(tmp_path, tokenizer):
             Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="lacks the byte 0x7a"):
         Tokenizer({0: b"a"}, []).encode("az")
+
+
+def test_files_of_two_tokenizers(tmp_path, tokenizer):
+    """Files that are each whole but not of one tokenizer are refused; a merges.txt of others has no checksum."""
+    tokenizer.save(tmp_path / "a")
+    train_on(some_text(9000, seed=1), 700).save(tmp_path / "b")
+    for vocab, merges in ("ab", "ba"):
+        with pytest.raises(UserError, match="is damaged or not of|which the vocabulary lacks"):
+            Tokenizer.from_files(tmp_path / vocab / "vocab.json", tmp_path / merges / "merges.txt", [END_OF_TEXT])
+    lines = (tmp_path / "a" / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    for first in ("", "#version: 0.2\n", "#version: 0.2 - Trained by `huggingface/tokenizers`\n"):
+        (tmp_path / "c.txt").write_text(first + "".join(lines[1:]), encoding="utf-8")
+        read = Tokenizer.from_files(tmp_path / "a" / "vocab.json", tmp_path / "c.txt", [END_OF_TEXT])
+        assert read.hash() == tokenizer.hash(), first
+    (tmp_path / "c.txt").write_text("".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        Tokenizer.from_files(tmp_path / "a" / "vocab.json", tmp_path / "c.txt", [END_OF_TEXT])
+    (tmp_path / "b" / "tokenizer.json").replace(tmp_path / "a" / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json is damaged"):
+        Tokenizer.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 32, 10**15])
+def test_ids_that_no_array_holds(tmp_path, tokenizer, wrong):
+    """Ids below 0 or from 2**32 on are refused, in vocab.json and in tokenizer.json."""
+    tokenizer.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"a": wrong}), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    theirs = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    theirs["added_tokens"][0]["id"] = wrong
+    (tmp_path / "tokenizer.json").write_text(json.dumps(theirs), encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        Tokenizer.load(tmp_path)
 
 
 MANY_SCRIPTS = (
@@ -592,8 +643,9 @@ def test_equal_to_tokenizers(tmp_path, tokenizer, gpt2):
             assert theirs.decode(mine.encode(text), skip_special_tokens=False) == text, f"{text!r}"
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator([some_text(20_000)], vocab_size=500, special_tokens=[END_OF_TEXT, "<pad>"])
-    trained.save(str(tmp_path / "tokenizer.json"))
-    loaded = Tokenizer.load(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    trained.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "theirs")
     for text in (some_text(5000, seed=9), MANY_SCRIPTS, f"a{END_OF_TEXT}<pad> b"):
         assert loaded.encode(text) == trained.encode(text).ids, f"{text[:50]!r}"
 
@@ -626,6 +678,18 @@ def test_token_arrays(tmp_path, tokenizer):
         load_tokens(tmp_path / "x.npy", wide)
     with pytest.raises(UserError, match="cannot read"):
         load_tokens(tmp_path / "nowhere.npy", wide)
+
+
+def test_damaged_token_arrays(tmp_path, tokenizer):
+    """One flipped bit in the tokens, another type in the header, and any shorter file are refused in one sentence."""
+    (tmp_path / "text.txt").write_text(some_text(5000), encoding="utf-8")
+    encode_file(tokenizer, tmp_path / "text.txt", tmp_path / "x.npy")
+    data = (tmp_path / "x.npy").read_bytes()
+    flipped = [data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :] for place in (128, 1001, len(data) - 1)]
+    for damaged in (*flipped, data.replace(b"<u2", b"<i2"), data.replace(b"<u2", b">u2"), data[:-2], data[:50], b""):
+        (tmp_path / "x.npy").write_bytes(damaged)
+        with pytest.raises(UserError, match="x.npy.*: remove .*x.npy and prepare the data again"):
+            load_tokens(tmp_path / "x.npy", tokenizer)
 
 
 def test_nothing_half_written(tmp_path, tokenizer):
@@ -1040,7 +1104,9 @@ def test_main(tmp_path, monkeypatch, capsys):
     bpe.main(["--report"])
     out = capsys.readouterr().out
     for name in ("my/bpe300", "arithmetic/bpe400"):
-        assert len(re.findall(f"^{name} ", out, re.M)) == 2, out
+        about = f"^{name}, \\d+ tokens: counting .* s [+] merging .* s, \\d+ MB of memory; longest b'"
+        assert len(re.findall(about, out, re.M)) == 1, out
+    assert len(re.findall(r"^    (?:my|arithmetic) +[\d.]+ bytes a token; .* hours for 825 GB$", out, re.M)) == 4, out
     assert max(map(len, out.splitlines())) <= 110, out
 
 

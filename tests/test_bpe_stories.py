@@ -50,8 +50,8 @@ def test_every_story_has_one_derivation_and_its_probability(thousand):
 def test_probabilities_of_a_small_grammar_sum_to_one(tiny_grammar):
     """In a grammar small enough to list, the probabilities of all stories add up to 1 and are their frequencies."""
     tiny_grammar(
-        "\nstory: {who} saw {a fruit}, {a fruit2} (|or two )and {a colour} {thing}. {He} took the {thing}.{end}\n"
-        "thing: {colour2} box | hat\nend: | {who} {did}. | So did {a fruit3}.\ndid: sang (a|no) song | slept\n\n"
+        "\nstory: {who} saw {a fruit}, {a fruit2} (|or two )and {a colour} {thing}. {He} took the {thing}.{end};\n"
+        "thing: {colour2} box | hat; end:  | {who} {did}. | So did {a fruit3}.; did: sang (a|no) song | slept;\n"
         "who/he = Ann/she Bob/he; fruit = apple plum old_pear; colour = red blue;\n"
     )
     draws = Counter(itertools.islice(bpe.stories(1), 20_000))
@@ -65,7 +65,7 @@ def test_probabilities_of_a_small_grammar_sum_to_one(tiny_grammar):
 def test_a_hand_computed_probability(tiny_grammar):
     """One of 2 names and 2 different fruits of 3: -log p = log 2 + log 3 + log 2; what returns costs nothing."""
     tiny_grammar(
-        "\nstory: {who} ate {a fruit} and {a fruit2}. {Fruit} for {who}!\n\nwho = Ann Bob; fruit = apple plum fig;\n"
+        "\nstory: {who} ate {a fruit} and {a fruit2}. {Fruit} for {who}!;\nwho = Ann Bob; fruit = apple plum fig;\n"
     )
     nats = math.log(2) + math.log(3) + math.log(2)
     assert bpe.story_nats("Bob ate a plum and an apple. Plum for Bob!") == pytest.approx(nats, rel=1e-12)
