@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
 from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
-from model import PRESETS, ModelConfig, TransformerLM, active_parameters, count_parameters, devices_needed
+from model import PRESETS, ModelConfig, TransformerLM, count_parameters
 from model import document_places, flops_per_token, make_attention, option, training_memory
 from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
 from shard_opt import full_state_dicts, load_full_state_dicts, shard
@@ -203,11 +203,10 @@ class Muon(AdamW):
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes. Muon
-    takes the matrices inside the blocks; rows of embedding, head and router are looked up one by one: AdamW's."""
+    takes the matrices inside the blocks; rows of embedding and head are looked up one by one: AdamW's."""
     hidden, others, gains = [], [], []
     for name, p in model.named_parameters():
-        inside = muon and name.startswith("layers.") and "router" not in name
-        (gains if p.ndim < 2 else hidden if inside else others).append(p)
+        (gains if p.ndim < 2 else hidden if muon and name.startswith("layers.") else others).append(p)
     groups = [{"params": hidden, "weight_decay": weight_decay, "muon": True},
               {"params": others, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -607,15 +606,10 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
     a = torch.ones(1024, 1024, device=device)
     rate = 2 * 1024**3 / sorted(timeit.repeat(lambda: (a @ a).sum().item(), number=1, repeat=5))[2]  # FLOP/s
-    parameters, active = (sum(count(model_config).values()) for count in (count_parameters, active_parameters))
-    say(f"parameters        {parameters:>18,}" + f"  of which a token uses {active:,}" * (active < parameters))
+    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}")
     say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
-    size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
-    for mode, (count, held) in devices_needed(model_config, micro_batch, size).items():
-        needed = f"of {size / 2**30:,.0f} GiB, {held / 1e9:,.1f} GB on each" if count else "is enough"
-        say(f"devices           {f'{count:,}' if count else 'no number':>18}  {needed}: --shard_opt {mode}")
     num_tokens = config.max_steps * (tokens_per_step := config.batch_size * model_config.context_length)
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
     say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of a float32 matrix product's "
@@ -843,9 +837,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 with span("forward"), autocast():
                     micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
                     micro_loss = micro_loss / config.grad_accum_steps
-                    balancing = model.auxiliary_loss() / config.grad_accum_steps  # 0 without a mixture of experts
                 with span("backward"):
-                    scaler.scale(micro_loss + balancing).backward()
+                    scaler.scale(micro_loss).backward()
             losses.append(micro_loss.detach())
         with span("gradients of the other processes"):
             module.finish_gradient_synchronization()
@@ -863,7 +856,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         with span("optimizer"):
             scaler.step(optimizer)
             scaler.update()
-            model.update_router_biases()
         if profiler and step == 3:  # the first steps are slower than all others
             profiler.start()
 
@@ -876,10 +868,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             now = time.perf_counter()
             speed = interval_tokens / (now - interval_started)
             interval_started, interval_tokens = now, 0
-            experts = model.router_statistics()  # of this process's tokens
             seconds = seconds_before + now - started
-            tell({"train_loss": train_loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_second": speed,
-                  **({"experts": experts} if experts else {})})
+            tell({"train_loss": train_loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_second": speed})
 
     if profiler:
         profiler.stop()

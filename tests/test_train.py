@@ -669,22 +669,6 @@ def test_report_of_runs(corpus, tmp_path, capsys):
     picture = train.plot_runs([tmp_path / "slow", tmp_path / "quick"], tmp_path / "runs.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-@pytest.mark.parametrize("balance", ["loss", "bias"])
-def test_experts_are_logged(corpus, tmp_path, balance):
-    """A mixture of experts logs each layer's load, entropy and worst violation, and resumes to the bit."""
-    options = ("--num_experts=4", f"--balance={balance}", "--optimizer=muon")
-    train.main(flags(corpus, tmp_path / "whole", *options))
-    lines = [line for line in read_log(tmp_path / "whole" / "cats-1" / "log.jsonl") if "train_loss" in line]
-    for line in lines:
-        assert [layer["layer"] for layer in line["experts"]] == [0, 1]
-        for layer in line["experts"]:
-            assert sum(layer["load"]) == pytest.approx(1) and max(layer["load"]) * 4 - 1 == pytest.approx(
-                layer["violation"]) and 0 < layer["entropy"] <= 1, layer
-    train.main(flags(corpus, tmp_path / "parts", *options))
-    (tmp_path / "parts" / "cats-1" / "checkpoint_00000010.pt").unlink()
-    train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
-    assert_equal_runs(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
-
 def test_profile(corpus, tmp_path, capsys):
     """--profile times forward, backward and optimizer, writes a trace with these names, and leaves no run."""
     train.main(flags(corpus, tmp_path, "--profile"))
