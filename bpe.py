@@ -74,7 +74,6 @@ PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 # Two characters prove it, except after white space and between an apostrophe and a letter (perhaps a contraction).
 BORDER = regex.compile(r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])")
 LAST_BORDER = regex.compile("(?r)" + BORDER.pattern)  # (?r) searches from the end
-
 def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
     """Finds special tokens, in a group so that split() keeps them; without special tokens it finds nothing."""
     longest_first = sorted(set(special_tokens), key=len, reverse=True)  # alternatives are tried in this order
@@ -87,10 +86,9 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
     {'low': 1, ' lower': 1, ' low': 2}
     """
-    pieces: Counter[str] = Counter()
+    pieces, counts = Counter(), Counter()
     for part in special_pattern(special_tokens).split(text)[::2]:  # every second part is a special token
         pieces.update(PIECE.findall(part))
-    counts: Counter[str] = Counter()
     for piece, count in pieces.items():
         for pretoken in PRETOKEN.findall(piece):
             counts[pretoken] += count
@@ -112,7 +110,6 @@ def merge_pair(symbols: Sequence, pair: tuple, merged: Any) -> list:
 def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     """The definition: for each merge, count all pairs of all words. The rest of this file must agree with it.
     The counts begin with e s 9, s t 9, w e 8; the tie goes to the greater pair, s t. Then e st leads with 9.
-    Fewer merges come back when no pair is left.
     >>> counts = {"low": 5, "lower": 2, "widest": 3, "newest": 6}
     >>> [f"{left.decode()} {right.decode()}" for left, right in train_naive(counts, 12)]
     ['s t', 'e st', 'o w', 'l ow', 'w est', 'n e', 'ne west', 'w i', 'wi d', 'wid est', 'low e', 'lowe r']
@@ -225,8 +222,7 @@ def chunks_of(path: PathLike, special_tokens: Sequence[str], num_bytes: int) -> 
     borders, target = [0], num_bytes
     with open(path, "rb") as file:
         while target < size:
-            # The margins hold any special token and any character at an end of the window. Halves of characters further
-            # out survive decoding and encoding as lone surrogates.
+            # the margins hold any special token and any character at an end; halves further out become lone surrogates
             first = max(0, target - margin)
             file.seek(first)
             text = file.read(target - first + window + margin).decode("utf-8", errors="surrogateescape")
@@ -245,8 +241,7 @@ def processors() -> int:
 
 def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
     """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
-    By default one worker for each processor; few tasks, or one worker, are done in this process. A worker that dies
-    is an error, not a hang."""
+    By default one worker for each processor; few tasks are done in this process. A dead worker is an error, no hang."""
     num_workers = min(num_workers or processors(), len(tasks))
     if num_workers == 1 or len(tasks) <= 2:
         yield from (function(shared, *task) for task in tasks)
@@ -301,14 +296,12 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = error.strerror or error
-        raise UserError(f"cannot write {path} ({problem}): make room or choose another place, and run again") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): make room or choose another place") from None
 
 @contextlib.contextmanager
 def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         with _room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -632,8 +625,7 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
 
 def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
     """Open an array of encode_file by mmap, after a look at whose ids they are and one reading for the checksum."""
-    npy_path = Path(npy_path)
-    facts, again = read_json(npy_path.with_suffix(".json")), f"remove {npy_path} and prepare the data again"
+    facts, again = read_json(Path(npy_path).with_suffix(".json")), f"remove {npy_path} and prepare the data again"
     try:
         tokens = np.load(npy_path, mmap_mode="r", allow_pickle=False)
         check = zlib.crc32(tokens, zlib.crc32(tokens.dtype.str.encode("ascii")))
@@ -658,155 +650,153 @@ the sea, | Out west, | Last year,; like: {He} {loved} {hobby}, {his} {colour} {g
 {a colour} {garment} and {number} {trait3} {siblings}, and {loved} {hobby}.; meet: (Along|Soon|Then|Up|By and by) came
 {pet}, {a trait4} {animal} in {a colour2} {garment2}, and {asked}, "Why so {sad}?"; day: {one} {daytime}; feast: They
 {shared} {taste2} {treat2} and {taste3} {treat3} {near2} {a look3} {spot3}.; ever: From then on, | After that, | Ever
-after, | Afterwards,;
-lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because {loss}. {He} looked
-{near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and {a state3} {junk3}.
-{meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a look5} {spot4}.
-"{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.; loss/care: the {bag} had {a size}
-hole/mended holes with {colour3} {stuff} | the {bag} was (much|far) too full/checked the {bag} every {weekday} | nobody
-had closed the {bag}/closed the {bag} {adverb2} | the {strap} of the {bag} broke/never used {a state4} {strap} again |
-{a scary} {thief} took it/gave the {thief} {taste4} {treat4} every {weekday} | a {gale} blew it away/stayed at home in
-every {gale} | the (road|path) was so bumpy/took the road by the {place3};
-broken: {hero} had {a quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2}
-and {colour3} {stuff3}, but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal}
-{adverb} fetched {a trait5} {worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and mended
-the {part}. "{hooray}!" {cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}. {ever} {he}
-{mend}.; damage/mend: it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture} | it
-stood in the {wet}/kept the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy} | nobody
-had oiled it/oiled the {part} every {weekday} | {a state3} screw was (loose|missing)/checked the screws {adverb2} | the
-frost cracked it/kept the {toy} in {a colour5} blanket | {a trait6} {thief} chewed it/hid the {toy} from every {thief};
-noise: {one} night, {hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary}
-{monster} with {colour2} {feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so {sad}?"
-{asked} {pet}. "The {room} goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept} {adverb} past {a
-state2} {furniture}, {a look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no {monster}, only
-{source}! "{hooray}!" {cried} {hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3} {treat3} in bed, and
-{hero} and {pet} dreamed of {a quality} {colour4} {thing} and {a quality2} {thing2}.; one: One {weather};
-sound/source/fix: drip/a leaky tap/put {a state5} {container} under it | creak/a rusty hinge/oiled it {adverb2} | tap/a
-branch at the window/tied it back with {colour3} {strap} | rattle/a loose shutter/closed it {adverb2} | buzz/a bee in a
-{container}/let it fly to the {place3} | squeak/a mouse in a {container}/gave it {taste4} {treat4} | flap/{a colour3}
-curtain/closed the window {adverb2} | snore/{his} {trait5} {relative}/fetched {a colour3} blanket | tick/an old
-clock/wrapped it in {a colour3} towel | hiss/a kettle on a stove/made {taste4} tea | thump/a ball on the stairs/put it
-in {a state5} {container} | scratch/a cat behind a door/gave it {taste4} {treat4} | hoot/an owl in a {container}/waved
-to it {adverb2} | plop/a frog in a {container}/carried it to the {place3} | rustle/a hedgehog in a {container}/led it to
-the {place3} | clang/a pan on a hook/took it down {adverb2};
-trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2} {garment2}. "Why so {sad}?"
-{asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool}, {a state2} {tool2} and
-{colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality} {colour4} {thing}. {feast}
-That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to me, because I helped when
-{problem}," {beamed} {hero}.; problem/solve: the (rain|river) flooded the {den}/dug {a look4} ditch | the (wind|storm)
-took the {den}/built one by the {spot} | {a trait5} {beast} ate the {treat4}/baked {taste4} {treat4} | the (fire|lamp)
-in the {den} went out/lit {a quality2} lamp | the key of the {den} fell in {a look4} (well|hole)/pulled it up with {a
-state3} {container} | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed in the {den} broke/made one of
-{stuff2} | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den} fell in/made one of {stuff2};
-quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour2} {garment2}. {day}, {near3} {a look4}
-{spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}. "It is mine!" {snapped} {hero}. "No,
-mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3}, but felt {sad}. So {he} packed
-{taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}. "Sorry! I took the {thing}, because
-{reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2} {a look5} {spot2}. {ever} both could
-{use} it.; reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a trait5} {worker} had one | {a trait5}
-{royal} had made it | it looked so {quality2} | it was brighter than {gem} | it came from {a look3} {place3};
-gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in {a colour2} {garment2}. But
-{his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}. "Make one!" So {hero} took
-{colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked {adverb}. {one} {weekday} {he}
-{went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent}," {said} {hero}. "{hooray}! Now
-I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.; spent/save: the money went on {a look4} {garment3}/bought
-no {garment3} again | {a scary} {thief} took the money/hid the money from every {thief} | the coins fell down {a look4}
-drain/kept coins in {a state4} {container} | the money went to {a trait5} {worker}/saved some coins for the {worker} |
-the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so much/ate less {treat4};
-wet = rain snow mud sun; gale = storm gale whirlwind hurricane blizzard breeze; hero/child/he/his/him =
-{girl}/girl/she/her/her {boy}/boy/he/his/him; girl = Ada Alice Amy Anna Ava Bella Beth Cara Clara Cleo Daisy Dora Ella
-Elsie Emma Eva Fay Flora Gwen Hana Holly Ida Iris Isla Jane Jill Josie June Kate Kim Lena Lily Lola Lucy Mabel Maya Meg
-Mia Molly Nell Nina Nora Penny Polly Rosa Ruby Sally Sara Sofia Sue Tess Tina Una Vera Wendy Yara Zoe Zuri; boy = Adam
-Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal Hans Henry Hugo Ian Ivan Jack Jake
-Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto Owen Paul Pete Ravi Rob Sam Ted
-Theo Tim Tom Toby Victor Will Yusuf Zac; pet = Acorn Bean Biscuit Bramble Bubble Clover Cocoa Dotty Dusty Fern Fidget
-Fluff Fudge Ginger Inky Jelly Maple Mitten Moss Muffin Nibble Noodle Nutmeg Patch Peanut Pebble Pepper Pickle Pip Plum
-Raisin Rusty Scout Smudge Snowy Speck Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig Waffle Willow Ziggy Zippy;
-animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter beaver deer lamb pony donkey
-goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear raccoon dragonfly cricket weasel
-moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo piglet chick foal dormouse gecko;
-trait = kind brave clever curious gentle careful shy stubborn lively helpful patient dreamy playful bold quiet funny
-sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty bashful sleepy grumpy jolly
-wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere skilful talented trusty chatty
-earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry mild noble perky plump quick
-rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany; look = crooked narrow mossy dark sunny
-ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious pleasant deserted crowded huge small large
-haunted cosy dreary secret remote popular bleak spotless wide tall cold unknown frosty snowy foggy dusty quaint colossal
-damp misty low vast windy leafy muddy private public sandy simple stately silvery stony ruined rosy royal draughty grim
-mighty wild lovely exotic rustic humble ugly odd; home = house cottage cabin farmhouse lighthouse windmill caravan tower
-bungalow hut mill inn barn houseboat castle tent palace lodge villa chalet mansion shed bakery treehouse igloo wigwam;
-near = near by beside behind; place = river orchard beach forest meadow lake market harbour station hill park pond
-library farm zoo island cave bridge field vineyard school church museum canal quarry marsh theatre airport circus
-waterfall playground village valley swamp mountain desert jungle hospital chapel monastery volcano glacier moor
-racetrack; weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy drizzly crisp mild glorious
-golden wet sweltering blustery bright dull fine humid hazy freezing scorching; daytime = morning afternoon Monday
-Tuesday Wednesday Thursday Friday Saturday Sunday; weekday = Monday Tuesday Wednesday Thursday Friday Saturday Sunday;
-relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour teacher godmother stepfather
-nephew niece nanny; number = two three four five six seven eight; siblings = brothers sisters cousins goldfish hamsters
-hens sheep canaries ponies rabbits tortoises aunts uncles spaniels poodles geese cats dogs twins pigs owls mice goats
-nieces; loved = loved liked enjoyed; hobby = painting singing dancing swimming reading baking knitting drawing cycling
-fishing gardening sewing skating sailing juggling hiking acting cooking camping sledging stargazing rowing wrestling
-yodelling carving daydreaming exploring inventing counting humming gossiping weaving surfing skiing pottery chess
-hopscotch tennis football cricket golf ballet archery poetry hockey karate art darts drama history judo jokes maths
-music puppets riddles rugby science tag yoga; colour = red blue green purple orange pink brown black white violet
-turquoise crimson scarlet lilac maroon beige silver emerald striped spotted yellow tartan mauve bronze navy amber indigo
-coral ivory checked grey golden tan teal lime rose plum ruby khaki cream; garment = coat hat scarf jacket jumper cap
-cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan waistcoat hood tunic sash collar bandana
-kerchief nightcap overcoat robe parka anorak blazer turban headband belt pullover sunhat fleece jersey bow_tie; went =
-went walked ran hurried strolled wandered skipped marched raced cycled; thing/use = kite/fly drum/beat ball/bounce
-book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll puzzle/solve map/follow coin/spend marble/flick
-telescope/aim hammer/swing compass/consult clock/wind lamp/light umbrella/open mirror/polish jigsaw/finish guitar/strum
-balloon/hold locket/unlock medal/show necklace/admire torch/shine boomerang/throw scooter/ride wagon/pull rocket/launch
-trumpet/blow magnet/test pencil/sharpen camera/use basket/fill pillow/squeeze rattle/shake puppet/move sledge/steer
-carpet/unroll ladder/climb cup/drink_from chair/sit_on pen/write_with; quality = shiny little new bright tiny beautiful
-handsome polished precious splendid fancy dazzling glittering elegant pretty smooth lovely marvellous remarkable
-peculiar heavy rare sturdy colourful perfect strange foreign gorgeous charming wonderful unusual modern glossy wooden
-painted curious gleaming delicate exquisite fine dear neat magic costly jolly lucky special sparkly stylish superb
-valuable solid slender charmed clean; sad = sad upset gloomy worried miserable unhappy lonely glum troubled sorrowful
-tearful downcast anxious pale silent dejected mournful wretched fretful sulky forlorn wistful heartbroken flustered
-crestfallen melancholy cross bitter; treat = pancakes waffles soup toast honey jam biscuits porridge cherries plums
-pears strawberries raspberries blueberries noodles dumplings pies buns cookies doughnuts custard jelly pudding cheese
-popcorn nuts sandwiches tarts cakes lemonade cocoa milk juice tea cider bread butter salad rice beans sausages omelettes
-crackers pretzels peaches apricots raisins marzipan fudge spaghetti pizza yoghurt grapes figs olives chestnuts
-gingerbread lasagne curry stew; taste = warm sweet fresh creamy fruity tasty cold yummy plain salty tangy rich chilled
-delicious homemade spicy leftover heavenly peppery minty lemony gingery smoky nutty honeyed buttery thin thick light
-dark bitter bland French Greek Italian Turkish Spanish Mexican Indian Dutch Swiss Polish Danish Welsh Irish Russian sour
-pale soft; stuff = glue string tape wire ribbon rope straw wool wax clay felt cardboard leather velvet thread bark tin
-foil canvas cork paste wood cloth paper silk chalk plaster cotton linen varnish plastic rubber cord fur gum lace mud
-paint satin tweed twine yarn; tool = saw brush spanner chisel needle file drill axe knife ruler spade rake shovel hook
-trowel whisk screwdriver crowbar sieve pitchfork mallet hoe broom hatchet wheelbarrow sickle toothpick awl fan jack
-lever net pick pin plane sponge vice wedge winch pulley; adverb = slowly quietly carefully eagerly calmly bravely
-patiently cheerfully hopefully busily nervously politely wisely happily gladly firmly gracefully stubbornly sensibly
-proudly solemnly dreamily promptly gently softly shyly boldly kindly swiftly secretly earnestly faithfully briskly
-cleverly coolly daintily deftly fondly freely humbly keenly merrily neatly nimbly readily silently smartly steadily
-tenderly warmly; spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing statue table haystack wall
-woodpile willow chestnut fountain signpost boulder birch pump trough henhouse greenhouse lilac lamppost thornbush stump
-scarecrow birdbath sundial beehive maple hammock flagpole wheelbarrow; state = rusty muddy dirty faded battered worn
-cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly stained spare sticky weathered dented grimy
-patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet oily mouldy slippery dingy blunt crusty filthy
-gritty grey lumpy musty odd old stiff tatty drab; junk = boot spoon bottle brick button comb fork jar jug kettle lid mug
-nail pipe plate saucepan teapot teacup thimble tyre wheel chain doorknob colander cog anchor flowerpot tray helmet ladle
-funnel padlock bolt hairpin birdcage goblet pulley tap typewriter key cork coin bead peg tube pan pot plug shoe lens mop
-dish clog; bag = bag pocket basket purse suitcase satchel rucksack backpack knapsack; strap = strap handle string buckle
-clasp; thief = magpie fox jackdaw monkey crow raccoon rat pirate goblin burglar; toy/part = wagon/wheel bicycle/chain
-swing/seat boat/mast robot/arm umbrella/rib tent/pole doll/head puppet/leg clock/spring piano/pedal windmill/blade
-guitar/neck kite/tail scooter/brake lamp/switch drum/skin dollhouse/roof carousel/horse telescope/lens violin/bow
-wheelchair/brake; beast = cow pig elephant goat bull sheep horse camel hippo walrus moose llama; worker = carpenter
-blacksmith baker farmer fisherman tailor miller sailor painter plumber doctor postman potter cobbler jeweller mechanic
-gardener builder miner shepherd captain librarian woodcutter locksmith juggler; furniture = table wardrobe sofa cupboard
-bookcase desk stool armchair dresser cradle mattress bathtub stove shelf piano fireplace sideboard hatstand; room =
-attic cellar kitchen hall pantry bathroom garage workshop hallway laundry nursery parlour; scary = hairy giant slimy
-fierce wicked horrible terrible frightening awful dreadful monstrous gigantic ghastly; monster = dragon ghost ogre witch
-troll vampire wolf crocodile wizard spider robber python tiger skeleton; feature = teeth eyes claws ears horns fangs
-feet wings toes whiskers eyebrows elbows spikes scales nostrils; lamp = lamp candle lantern torch; crept = crept tiptoed
-sneaked crawled; container = bucket box jar pot tub bowl chest tin drawer pail barrel vase; den = den nest burrow tunnel
-hut treehouse; gem = diamonds rubies emeralds pearls stars sunshine moonlight glass snow gold silver sapphires fire
-jewels; royal = king queen prince princess emperor knight duke; asked = asked wondered enquired; said = said replied
-answered whispered sighed murmured sniffed mumbled admitted groaned sobbed muttered; beamed = said beamed smiled
-answered replied laughed explained declared chuckled grinned; snapped = snapped shouted yelled cried growled hissed
-called screamed; cried = cried shouted laughed cheered exclaimed sang squealed called yelled giggled; hooray = Hooray
-Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee Terrific Brilliant Superb Great Super
-Amazing; shared = shared ate had; size = big small wide long nasty secret;
+after, | Afterwards,; lost: {day}, {hero} took {a quality} {colour4} {thing} to {a look4} {place2}, but lost it, because
+{loss}. {He} looked {near3} the {spot} and {near4} the {spot2}, but found only {a state} {junk}, {a state2} {junk2} and
+{a state3} {junk3}. {meet} "I lost my {thing}, because {loss}," {said} {hero}. The {animal} {adverb} found it in {a
+look5} {spot4}. "{hooray}, {pet}! Now I can {use} it," {cried} {hero}. {feast} {ever} {he} {care}.; loss/care: the {bag}
+had {a size} hole/mended holes with {colour3} {stuff} | the {bag} was (much|far) too full/checked the {bag} every
+{weekday} | nobody had closed the {bag}/closed the {bag} {adverb2} | the {strap} of the {bag} broke/never used {a
+state4} {strap} again | {a scary} {thief} took it/gave the {thief} {taste4} {treat4} every {weekday} | a {gale} blew it
+away/stayed at home in every {gale} | the (road|path) was so bumpy/took the road by the {place3}; broken: {hero} had {a
+quality} {colour6} {toy}. {day} its {part} broke, because {damage}. {He} tried {stuff}, {stuff2} and {colour3} {stuff3},
+but nothing held. {meet} "My {toy} broke, because {damage}," {said} {hero}. The {animal} {adverb} fetched {a trait5}
+{worker}, who took {a state} {tool}, {a state2} {tool2} and {colour4} {stuff4} and mended the {part}. "{hooray}!"
+{cried} {hero}, and gave {pet} {taste2} {treat2} and the {worker} {taste3} {treat3}. {ever} {he} {mend}.; damage/mend:
+it fell (off|from) {a state3} {furniture}/kept the {toy} (away|far) from the {furniture} | it stood in the {wet}/kept
+the {toy} out of the {wet} | {a trait6} {beast} sat on it/let no {beast} near the {toy} | nobody had oiled it/oiled the
+{part} every {weekday} | {a state3} screw was (loose|missing)/checked the screws {adverb2} | the frost cracked it/kept
+the {toy} in {a colour5} blanket | {a trait6} {thief} chewed it/hid the {toy} from every {thief}; noise: {one} night,
+{hero} could not sleep, because the {room} went "{sound}, {sound}". {He} thought of {a scary} {monster} with {colour2}
+{feature} and {scary2} {feature2}. {He} woke {pet}, {his} {trait4} {animal}. "Why so {sad}?" {asked} {pet}. "The {room}
+goes {sound}, {sound}," {said} {hero}. With {a state} {lamp} they {crept} {adverb} past {a state2} {furniture}, {a
+look3} {furniture2}, {a state3} {junk} and {a state4} {junk2}. It was no {monster}, only {source}! "{hooray}!" {cried}
+{hero}, and {fix}. They {shared} {taste2} {treat2} and {taste3} {treat3} in bed, and {hero} and {pet} dreamed of {a
+quality} {colour4} {thing} and {a quality2} {thing2}.; one: One {weather}; sound/source/fix: drip/a leaky tap/put {a
+state5} {container} under it | creak/a rusty hinge/oiled it {adverb2} | tap/a branch at the window/tied it back with
+{colour3} {strap} | rattle/a loose shutter/closed it {adverb2} | buzz/a bee in a {container}/let it fly to the {place3}
+| squeak/a mouse in a {container}/gave it {taste4} {treat4} | flap/{a colour3} curtain/closed the window {adverb2} |
+snore/{his} {trait5} {relative}/fetched {a colour3} blanket | tick/an old clock/wrapped it in {a colour3} towel | hiss/a
+kettle on a stove/made {taste4} tea | thump/a ball on the stairs/put it in {a state5} {container} | scratch/a cat behind
+a door/gave it {taste4} {treat4} | hoot/an owl in a {container}/waved to it {adverb2} | plop/a frog in a
+{container}/carried it to the {place3} | rustle/a hedgehog in a {container}/led it to the {place3} | clang/a pan on a
+hook/took it down {adverb2}; trouble: {day}, by {a look3} {place2}, {he} met {pet}, {a trait4} {animal} in {a colour2}
+{garment2}. "Why so {sad}?" {asked} {hero}. "Because {problem}," {said} {pet}. {hero} {adverb} fetched {a state} {tool},
+{a state2} {tool2} and {colour3} {stuff}, and they {solve}. "{hooray}!" {cried} {pet}, and gave {hero} {a quality}
+{colour4} {thing}. {feast} That (evening|night) {his} {trait6} {relative} saw the {colour4} {thing}. "{pet} gave it to
+me, because I helped when {problem}," {beamed} {hero}.; problem/solve: the (rain|river) flooded the {den}/dug {a look4}
+ditch | the (wind|storm) took the {den}/built one by the {spot} | {a trait5} {beast} ate the {treat4}/baked {taste4}
+{treat4} | the (fire|lamp) in the {den} went out/lit {a quality2} lamp | the key of the {den} fell in {a look4}
+(well|hole)/pulled it up with {a state3} {container} | thorns (hid|covered) the {den}/cut {a look4} path to it | the bed
+in the {den} broke/made one of {stuff2} | the door of the {den} was stuck/pushed it {adverb3} | the roof of the {den}
+fell in/made one of {stuff2}; quarrel: {His} best friend was {pet}, {a trait4}, {trait6} {animal} in {a colour2}
+{garment2}. {day}, {near3} {a look4} {spot}, they found {a quality} {colour4} {thing}. Both wanted it, because {reason}.
+"It is mine!" {snapped} {hero}. "No, mine!" {snapped2} {pet}. {hero} ran home with it and tried {hobby2} and {hobby3},
+but felt {sad}. So {he} packed {taste2} {treat2}, {taste3} {treat3} and {taste4} {treat4} and {went} back {adverb}.
+"Sorry! I took the {thing}, because {reason}," {said} {hero}. "Sorry too," {said2} {pet}. They {shared} it all {near2}
+{a look5} {spot2}. {ever} both could {use} it.; reason: it shone like {gem} | it smelled of {taste5} {treat5} | {a
+trait5} {worker} had one | {a trait5} {royal} had made it | it looked so {quality2} | it was brighter than {gem} | it
+came from {a look3} {place3}; gift: {hero} wanted to buy {a quality} {colour5} {thing} for {pet}, {a trait4} {animal} in
+{a colour2} {garment2}. But {his} {bag} was empty, because {spent}. "Why so {sad}?" {asked} {his} {trait6} {relative}.
+"Make one!" So {hero} took {colour3} {stuff}, {colour4} {stuff2}, {a state} {tool} and {a state2} {tool2} and worked
+{adverb}. {one} {weekday} {he} {went} to {pet} with it in {a state3} {container}. "I made the {thing}, because {spent},"
+{said} {hero}. "{hooray}! Now I can {use} it," {cried} {pet}. {feast} {ever} {he} {save}.; spent/save: the money went on
+{a look4} {garment3}/bought no {garment3} again | {a scary} {thief} took the money/hid the money from every {thief} |
+the coins fell down {a look4} drain/kept coins in {a state4} {container} | the money went to {a trait5} {worker}/saved
+some coins for the {worker} | the {bag} had {a size} hole/sewed up the {bag} {adverb2} | the {taste4} {treat4} cost so
+much/ate less {treat4}; wet = rain snow mud sun; gale = storm gale whirlwind hurricane blizzard breeze;
+hero/child/he/his/him = {girl}/girl/she/her/her {boy}/boy/he/his/him; girl = Ada Alice Amy Anna Ava Bella Beth Cara
+Clara Cleo Daisy Dora Ella Elsie Emma Eva Fay Flora Gwen Hana Holly Ida Iris Isla Jane Jill Josie June Kate Kim Lena
+Lily Lola Lucy Mabel Maya Meg Mia Molly Nell Nina Nora Penny Polly Rosa Ruby Sally Sara Sofia Sue Tess Tina Una Vera
+Wendy Yara Zoe Zuri; boy = Adam Alfie Arlo Ben Bill Bruno Carl Cody Dan David Eli Emil Felix Finn Fred George Gus Hal
+Hans Henry Hugo Ian Ivan Jack Jake Jim Joe Jonas Karl Ken Kit Leo Liam Luke Max Milo Ned Nico Noah Olaf Omar Oscar Otto
+Owen Paul Pete Ravi Rob Sam Ted Theo Tim Tom Toby Victor Will Yusuf Zac; pet = Acorn Bean Biscuit Bramble Bubble Clover
+Cocoa Dotty Dusty Fern Fidget Fluff Fudge Ginger Inky Jelly Maple Mitten Moss Muffin Nibble Noodle Nutmeg Patch Peanut
+Pebble Pepper Pickle Pip Plum Raisin Rusty Scout Smudge Snowy Speck Sprout Sunny Tansy Teasel Thistle Toffee Tuft Twig
+Waffle Willow Ziggy Zippy; animal = rabbit squirrel hedgehog mouse fox owl frog duck goose turtle snail mole otter
+beaver deer lamb pony donkey goat kitten puppy robin crow swan bat bee butterfly beetle lizard parrot penguin bear
+raccoon dragonfly cricket weasel moth toad crab worm badger seal hamster ladybird newt stork pigeon koala kangaroo
+piglet chick foal dormouse gecko; trait = kind brave clever curious gentle careful shy stubborn lively helpful patient
+dreamy playful bold quiet funny sensible friendly hopeful eager restless polite proud neat messy tidy loyal daring witty
+bashful sleepy grumpy jolly wise young cautious fearless fussy gallant humble lazy lucky modest nosy plucky sincere
+skilful talented trusty chatty earnest nimble dainty hungry ticklish stylish musical calm cheeky fair fond frank merry
+mild noble perky plump quick rude sly smart snooty tender thrifty timid tireless vain whimsical worldly zany; look =
+crooked narrow mossy dark sunny ancient enormous hidden famous noisy grand lonesome shady peaceful mysterious pleasant
+deserted crowded huge small large haunted cosy dreary secret remote popular bleak spotless wide tall cold unknown frosty
+snowy foggy dusty quaint colossal damp misty low vast windy leafy muddy private public sandy simple stately silvery
+stony ruined rosy royal draughty grim mighty wild lovely exotic rustic humble ugly odd; home = house cottage cabin
+farmhouse lighthouse windmill caravan tower bungalow hut mill inn barn houseboat castle tent palace lodge villa chalet
+mansion shed bakery treehouse igloo wigwam; near = near by beside behind; place = river orchard beach forest meadow lake
+market harbour station hill park pond library farm zoo island cave bridge field vineyard school church museum canal
+quarry marsh theatre airport circus waterfall playground village valley swamp mountain desert jungle hospital chapel
+monastery volcano glacier moor racetrack; weather = sunny rainy windy cloudy stormy chilly warm hot cool grey icy breezy
+drizzly crisp mild glorious golden wet sweltering blustery bright dull fine humid hazy freezing scorching; daytime =
+morning afternoon Monday Tuesday Wednesday Thursday Friday Saturday Sunday; weekday = Monday Tuesday Wednesday Thursday
+Friday Saturday Sunday; relative = mother father grandmother grandfather aunt uncle cousin brother sister neighbour
+teacher godmother stepfather nephew niece nanny; number = two three four five six seven eight; siblings = brothers
+sisters cousins goldfish hamsters hens sheep canaries ponies rabbits tortoises aunts uncles spaniels poodles geese cats
+dogs twins pigs owls mice goats nieces; loved = loved liked enjoyed; hobby = painting singing dancing swimming reading
+baking knitting drawing cycling fishing gardening sewing skating sailing juggling hiking acting cooking camping sledging
+stargazing rowing wrestling yodelling carving daydreaming exploring inventing counting humming gossiping weaving surfing
+skiing pottery chess hopscotch tennis football cricket golf ballet archery poetry hockey karate art darts drama history
+judo jokes maths music puppets riddles rugby science tag yoga; colour = red blue green purple orange pink brown black
+white violet turquoise crimson scarlet lilac maroon beige silver emerald striped spotted yellow tartan mauve bronze navy
+amber indigo coral ivory checked grey golden tan teal lime rose plum ruby khaki cream; garment = coat hat scarf jacket
+jumper cap cloak shawl sweater vest cape raincoat shirt beret apron poncho cardigan waistcoat hood tunic sash collar
+bandana kerchief nightcap overcoat robe parka anorak blazer turban headband belt pullover sunhat fleece jersey bow_tie;
+went = went walked ran hurried strolled wandered skipped marched raced cycled; thing/use = kite/fly drum/beat
+ball/bounce book/read flute/play boat/sail bell/ring crown/wear doll/hug hoop/roll puzzle/solve map/follow coin/spend
+marble/flick telescope/aim hammer/swing compass/consult clock/wind lamp/light umbrella/open mirror/polish jigsaw/finish
+guitar/strum balloon/hold locket/unlock medal/show necklace/admire torch/shine boomerang/throw scooter/ride wagon/pull
+rocket/launch trumpet/blow magnet/test pencil/sharpen camera/use basket/fill pillow/squeeze rattle/shake puppet/move
+sledge/steer carpet/unroll ladder/climb cup/drink_from chair/sit_on pen/write_with; quality = shiny little new bright
+tiny beautiful handsome polished precious splendid fancy dazzling glittering elegant pretty smooth lovely marvellous
+remarkable peculiar heavy rare sturdy colourful perfect strange foreign gorgeous charming wonderful unusual modern
+glossy wooden painted curious gleaming delicate exquisite fine dear neat magic costly jolly lucky special sparkly
+stylish superb valuable solid slender charmed clean; sad = sad upset gloomy worried miserable unhappy lonely glum
+troubled sorrowful tearful downcast anxious pale silent dejected mournful wretched fretful sulky forlorn wistful
+heartbroken flustered crestfallen melancholy cross bitter; treat = pancakes waffles soup toast honey jam biscuits
+porridge cherries plums pears strawberries raspberries blueberries noodles dumplings pies buns cookies doughnuts custard
+jelly pudding cheese popcorn nuts sandwiches tarts cakes lemonade cocoa milk juice tea cider bread butter salad rice
+beans sausages omelettes crackers pretzels peaches apricots raisins marzipan fudge spaghetti pizza yoghurt grapes figs
+olives chestnuts gingerbread lasagne curry stew; taste = warm sweet fresh creamy fruity tasty cold yummy plain salty
+tangy rich chilled delicious homemade spicy leftover heavenly peppery minty lemony gingery smoky nutty honeyed buttery
+thin thick light dark bitter bland French Greek Italian Turkish Spanish Mexican Indian Dutch Swiss Polish Danish Welsh
+Irish Russian sour pale soft; stuff = glue string tape wire ribbon rope straw wool wax clay felt cardboard leather
+velvet thread bark tin foil canvas cork paste wood cloth paper silk chalk plaster cotton linen varnish plastic rubber
+cord fur gum lace mud paint satin tweed twine yarn; tool = saw brush spanner chisel needle file drill axe knife ruler
+spade rake shovel hook trowel whisk screwdriver crowbar sieve pitchfork mallet hoe broom hatchet wheelbarrow sickle
+toothpick awl fan jack lever net pick pin plane sponge vice wedge winch pulley; adverb = slowly quietly carefully
+eagerly calmly bravely patiently cheerfully hopefully busily nervously politely wisely happily gladly firmly gracefully
+stubbornly sensibly proudly solemnly dreamily promptly gently softly shyly boldly kindly swiftly secretly earnestly
+faithfully briskly cleverly coolly daintily deftly fondly freely humbly keenly merrily neatly nimbly readily silently
+smartly steadily tenderly warmly; spot = barrel bench bush cart crate fence gate hedge log oak pine rock swing statue
+table haystack wall woodpile willow chestnut fountain signpost boulder birch pump trough henhouse greenhouse lilac
+lamppost thornbush stump scarecrow birdbath sundial beehive maple hammock flagpole wheelbarrow; state = rusty muddy
+dirty faded battered worn cracked chipped grubby ugly scratched shabby greasy sandy sooty smelly stained spare sticky
+weathered dented grimy patched scorched tarnished bent humble clumsy dull cheap wobbly dusty wet oily mouldy slippery
+dingy blunt crusty filthy gritty grey lumpy musty odd old stiff tatty drab; junk = boot spoon bottle brick button comb
+fork jar jug kettle lid mug nail pipe plate saucepan teapot teacup thimble tyre wheel chain doorknob colander cog anchor
+flowerpot tray helmet ladle funnel padlock bolt hairpin birdcage goblet pulley tap typewriter key cork coin bead peg
+tube pan pot plug shoe lens mop dish clog; bag = bag pocket basket purse suitcase satchel rucksack backpack knapsack;
+strap = strap handle string buckle clasp; thief = magpie fox jackdaw monkey crow raccoon rat pirate goblin burglar;
+toy/part = wagon/wheel bicycle/chain swing/seat boat/mast robot/arm umbrella/rib tent/pole doll/head puppet/leg
+clock/spring piano/pedal windmill/blade guitar/neck kite/tail scooter/brake lamp/switch drum/skin dollhouse/roof
+carousel/horse telescope/lens violin/bow wheelchair/brake; beast = cow pig elephant goat bull sheep horse camel hippo
+walrus moose llama; worker = carpenter blacksmith baker farmer fisherman tailor miller sailor painter plumber doctor
+postman potter cobbler jeweller mechanic gardener builder miner shepherd captain librarian woodcutter locksmith juggler;
+furniture = table wardrobe sofa cupboard bookcase desk stool armchair dresser cradle mattress bathtub stove shelf piano
+fireplace sideboard hatstand; room = attic cellar kitchen hall pantry bathroom garage workshop hallway laundry nursery
+parlour; scary = hairy giant slimy fierce wicked horrible terrible frightening awful dreadful monstrous gigantic
+ghastly; monster = dragon ghost ogre witch troll vampire wolf crocodile wizard spider robber python tiger skeleton;
+feature = teeth eyes claws ears horns fangs feet wings toes whiskers eyebrows elbows spikes scales nostrils; lamp = lamp
+candle lantern torch; crept = crept tiptoed sneaked crawled; container = bucket box jar pot tub bowl chest tin drawer
+pail barrel vase; den = den nest burrow tunnel hut treehouse; gem = diamonds rubies emeralds pearls stars sunshine
+moonlight glass snow gold silver sapphires fire jewels; royal = king queen prince princess emperor knight duke; asked =
+asked wondered enquired; said = said replied answered whispered sighed murmured sniffed mumbled admitted groaned sobbed
+muttered; beamed = said beamed smiled answered replied laughed explained declared chuckled grinned; snapped = snapped
+shouted yelled cried growled hissed called screamed; cried = cried shouted laughed cheered exclaimed sang squealed
+called yelled giggled; hooray = Hooray Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee
+Terrific Brilliant Superb Great Super Amazing; shared = shared ate had; size = big small wide long nasty secret;
 """
 
 Cell = str | tuple  # a word, or a tuple of text and slots; a slot is (form, name): {a trait} is ("a", "trait")
@@ -1054,8 +1044,7 @@ def split_text(source: Path, train: Path, val: Path, data_bytes: int | None) -> 
                 target.write(memoryview(data)[start:end])
 
 def generate_block(dataset: str, seed: int, first: int, count: int) -> bytes:
-    texts = itertools.islice(GENERATORS[dataset](seed, first), count)
-    return "".join(text + END_OF_TEXT for text in texts).encode("utf-8")
+    return "".join(text + END_OF_TEXT for text in itertools.islice(GENERATORS[dataset](seed, first), count)).encode()
 
 def generate_text(dataset: str, seed: int, path: Path, num_bytes: int, num_workers: int | None) -> None:
     """Documents 0, 1, 2, ... until num_bytes are reached; the same text for any number of workers."""
