@@ -17,7 +17,6 @@ the bytes and makes a new token of the pair of neighbours that is most frequent,
 
 The first prints merges as they are made, and in the end how a line of Python is cut (Ġ is a space): f|or|Ġline|Ġin|...
 
-Contents
     1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
     2. Training: the definition                6. The tokenizer                 10. Corpora, to token arrays
     3. Training: the same, faster              7. From text to token arrays     11. The command line

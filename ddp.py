@@ -14,14 +14,6 @@ bits, those of one process that accumulates the same micro-batches, each loss di
     python ddp.py --world_size 4 --ordered          four that add in rank order: still the same bits
     torchrun --standalone --nproc-per-node 4 train.py --ddp bucketed
 
-    --ddp         max difference  messages  of them early  MB sent per rank
-    naive                0.0e+00        35              0              2.96
-    flat                 0.0e+00         1              0              2.92
-    individual           0.0e+00        34             33              2.96
-    bucketed             0.0e+00         8              7              2.93
-    torch                0.0e+00                                       2.92
-
-Contents
     1. Ranks: starting, waiting, stopping                          7. Individual: during the backward pass
     2. When a rank fails                                           8. Bucketed: few messages, during the backward pass
     3. The collectives                                             9. One switch for all of them
@@ -246,7 +238,6 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
         for piece in received[1:]:
             total += piece
         output.copy_(total)
-
     return finish
 
 def start_all_gather(pieces: list[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], Any]:
@@ -606,7 +597,6 @@ class ContextParallel:
                     places |= {"segment_ids": segment_ids[..., here], "kv_segment_ids": self.segment_ids[..., seen]}
                 outputs.append(local(q[:, :, here], keys, values, **places))
             return torch.cat(outputs, dim=2)  # (B, H, T/N, D)
-
         return attend
 
     def pairs_per_rank(self, positions: Tensor) -> list[int]:
@@ -736,8 +726,6 @@ def main(argv: list[str] | None = None) -> None:
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")
     print("early: sent while the backward pass was still computing, before the last gradient was ready")
-    if world_size > 2 and not ordered:
-        print("differences: the library adds four numbers in an order of its own; --ordered adds them in rank order")
 
 if __name__ == "__main__":
     main()

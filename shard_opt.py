@@ -54,7 +54,6 @@ def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     def count(tensors: Iterable[Any]) -> int:
         storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors if isinstance(t, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
     state = count(tree_leaves([*optimizer.state.values()]))
     return {"parameters": count(parameters), "gradients": count(p.grad for p in parameters), "state": state}
 
@@ -209,7 +208,6 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
             if shard.numel() and (used_here or users > 0):
                 average = average.view_as(shard)
                 shard.grad = average if shard.grad is None else shard.grad.add_(average)
-
     return finish
 
 def owners_of(p: Tensor) -> Owners:
@@ -231,7 +229,6 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
     if not hasattr(p, "full_tensor"):
         return rows_of(whole, owners_of(p)).clone()
     from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -527,7 +524,6 @@ def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
         module.finish_gradient_synchronization()
         result.update(bytes_held(module, optimizer))
         optimizer.step()
-
     result["sent"] = min(measure_bytes_sent(partial(step, number)) for number in range(3))
     return {**result, "model": full_state_dicts(module, optimizer)[0]}
 

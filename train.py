@@ -10,7 +10,6 @@ The rest makes those five lines repeatable: a batch is a pure function of (seed,
 the same bits; a checkpoint is written whole or not at all; what was measured stands in a log.
 
     python train.py                                    # TinyStories (or built-in stories): minutes on a laptop
-    python train.py --dataset shakespeare --max_steps 500
     python train.py --dry_run --preset gpt2-small      # parameters, FLOPs, memory and time; nothing is allocated
     python train.py --resume                           # go on with the newest run where it was stopped
     torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed
@@ -870,7 +869,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             interval_started, interval_tokens = now, 0
             seconds = seconds_before + now - started
             tell({"train_loss": train_loss, "lr": lr, "grad_norm": norm.item(), "tokens_per_second": speed})
-
     if profiler:
         profiler.stop()
         trace = Path(place.out_dir, f"trace_{ranks.rank}.json")
