@@ -1,4 +1,19 @@
-"""Options of the test run."""
+"""Options of the test run, and Triton's interpreter where there is no GPU."""
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available() and "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: before any test imports flash.py
+    try:
+        import triton.experimental.gluon  # noqa: F401  (the interpreter loads it late and looks at the switch again)
+    except ImportError:
+        pass
+    import flash  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]  # torch.compile in other tests must not find it
 
 
 def pytest_addoption(parser):

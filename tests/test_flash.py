@@ -1,7 +1,7 @@
 """flash.py: every rung against the first, and the first against pairs of Python loops and PyTorch.
 
 Without a GPU the Triton kernels run in Triton's interpreter (float32 and float16: its bfloat16 products are garbage),
-which has to be chosen before Triton is imported, and only for this file.
+which conftest.py chooses before Triton is imported.
 """
 
 import doctest
@@ -21,23 +21,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import flash
+
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU and "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import triton.experimental.gluon  # noqa: F401  (the interpreter loads it late and looks at the switch again)
-    except ImportError:
-        pass
-    import flash
-
-    del os.environ["TRITON_INTERPRET"]  # torch.compile in other tests must not find it
-else:
-    import flash
-
 ROOT = Path(flash.__file__).parent
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_kernels = pytest.mark.skipif(not (flash.INTERPRETED or (ON_GPU and flash.triton)),
-                                   reason="no GPU, and Triton is absent or was imported before the interpreter was set")
+                                   reason="no GPU, and Triton is absent")
 BACKENDS = ["tiles", "sdpa", pytest.param("triton", marks=needs_kernels)]
 
 
