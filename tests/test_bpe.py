@@ -1104,7 +1104,7 @@ def test_main(tmp_path, monkeypatch, capsys):
     bpe.main(["--report"])
     out = capsys.readouterr().out
     for name in ("my/bpe300", "arithmetic/bpe400"):
-        about = f"^{name}, \\d+ tokens: counting .* s [+] merging .* s, \\d+ MB of memory; longest b'"
+        about = f"^{name}, \\d+ tokens: counting .* s [+] merging .* s, [\\d,]+ MB of memory; longest b'"
         assert len(re.findall(about, out, re.M)) == 1, out
     assert len(re.findall(r"^    (?:my|arithmetic) +[\d.]+ bytes a token; .* hours for 825 GB$", out, re.M)) == 4, out
     assert max(map(len, out.splitlines())) <= 110, out
