@@ -1159,7 +1159,8 @@ def library_sources() -> bytes:
 def summary(tokenizer: Tokenizer, seconds: Mapping[str, float], memory_bytes: int) -> str:
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "nothing to do"
     longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-    return f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
+    about = f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
+    return about + (f"; slowest {max(seconds, key=lambda stage: seconds[stage])}" if seconds else "")
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
