@@ -1160,7 +1160,7 @@ def summary(tokenizer: Tokenizer, seconds: Mapping[str, float], memory_bytes: in
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "nothing to do"
     longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
     about = f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
-    return about + (f"; slowest {max(seconds, key=lambda stage: seconds[stage])}" if seconds else "")
+    return about + (f"\n    slowest stage: {max(seconds, key=lambda name: seconds[name])}" if seconds else "")
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
