@@ -25,7 +25,6 @@ Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head dimension
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -69,26 +68,19 @@ class ModelConfig:
             # A gate is a third matrix: 8/3 d_model instead of 4 keeps the parameters equal; hardware likes 64s.
             self.d_ff = 64 * max(1, (self.d_model + 12) // 24) if self.ffn == "swiglu" else 4 * self.d_model
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"):
-            require_positive(name, getattr(self, name))
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
         for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self)):
             if choices and getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        width, heads, kv_heads = (f"{name} {getattr(self, name)}" for name in ("d_model", "num_heads", "num_kv_heads"))
-        if self.d_model % self.num_heads:
-            raise ValueError(f"{width} is not divisible by {heads}: choose a multiple of it")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{heads} is not divisible by {kv_heads}: choose a divisor of it")
+        if self.d_model % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"d_model {self.d_model} must be a multiple of num_heads {self.num_heads}, "
+                             f"and that a multiple of num_kv_heads {self.num_kv_heads}")
         self.head_dim = self.d_model // self.num_heads
         if self.pos == "rope" and self.head_dim % 2:
-            raise ValueError(f"{width} / {heads} = {self.head_dim} is odd: pos rope needs pairs")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta is {self.rope_theta}: it must be greater than 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
-
-def require_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+            raise ValueError(f"d_model / num_heads is {self.head_dim}: pos rope turns pairs, so it must be even")
+        if not (self.rope_theta > 0 and 0 <= self.dropout < 1):
+            raise ValueError(f"rope_theta {self.rope_theta} must be above 0, dropout {self.dropout} in [0, 1)")
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
@@ -420,9 +412,8 @@ class TransformerLM(nn.Module):
         if num_tokens > self.config.context_length:
             raise ValueError(f"{num_tokens} tokens do not fit into the context length {self.config.context_length}")
         is_causal, keys = positions is None and segment_ids is None and cache is None, (None, None)
+        assert cache is None or self.attention is None, "a cache goes with the local attention only, got another one"
         if cache is not None:
-            if self.attention is not None:
-                raise ValueError("a model whose attention is replaced cannot use a cache: build it without one")
             cache.reserve(num_rows, num_tokens, positions, segment_ids)
             keys = (cache.positions[:, : cache.length], cache.segment_ids[:, : cache.length])  # (B, S) each
             positions, segment_ids = (x[:, -num_tokens:] for x in keys)  # (B, T) each
@@ -525,21 +516,15 @@ def show(names: list[str], batch_size: int, context_length: int | None) -> None:
             print(f"{name:11}" + "".join(f"{n / unit:16,.{digits}f}" for n in (*parts.values(), sum(parts.values()))))
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What each preset costs.", allow_abbrev=False, exit_on_error=False)
+    # without a usage line argparse answers a mistake in one sentence
+    parser = argparse.ArgumentParser("model.py", usage=argparse.SUPPRESS, description="What each preset costs.")
     parser.add_argument("--preset", choices=PRESETS, help="show one in detail")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
     parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
-        for name in ("batch_size", "context_length"):
-            if (value := getattr(args, name)) is not None:
-                require_positive(f"--{name}", value)
-        show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
-    except (ValueError, argparse.ArgumentError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.context_length is not None and args.context_length < 1:
+        parser.error("--batch_size and --context_length must be at least 1")
+    show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
 
 if __name__ == "__main__":
     main()

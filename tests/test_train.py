@@ -295,7 +295,7 @@ def test_a_compiled_run_saves_plain_names(corpus, tmp_path):
     assert_equal_runs(final_state(tmp_path, "plain"), final_state(tmp_path, "compiled"))
 
 def test_damaged_checkpoint_is_refused(tmp_path):
-    """A flipped bit in the stored weights, a cut file, a foreign file and another model: one sentence each."""
+    """A flipped bit in the stored weights, a cut file, a foreign file and a missing one: one sentence each."""
     model, optimizer = trained_pair()
     path = tmp_path / "c.pt"
     save_checkpoint(model, optimizer, 1, path)
@@ -310,10 +310,6 @@ def test_damaged_checkpoint_is_refused(tmp_path):
             load_checkpoint(path, model, optimizer)
     with pytest.raises(UserError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "missing.pt", model, optimizer)
-    path.write_bytes(whole)
-    other = TransformerLM(ModelConfig(**{**TINY, "d_model": 16}))
-    with pytest.raises(UserError, match="another model"):
-        load_checkpoint(path, other, None)
 
 # --- Whole runs ---
 
@@ -584,11 +580,6 @@ def test_a_checkpoint_of_another_configuration_is_refused(corpus, tmp_path, caps
     with pytest.raises(SystemExit):
         train.main([*place, "--device=cpu"])
     assert "not a readable checkpoint" in capsys.readouterr().err
-
-def test_a_token_beyond_the_vocabulary_is_refused():
-    """A damaged token array is one sentence, not an index error in the embedding."""
-    with pytest.raises(UserError, match="beyond the vocabulary"):
-        get_batch(np.full(50, 300, dtype=np.uint16), 2, 5, "cpu", vocab_size=256)
 
 def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
     """A loss that is not a number ends the run with the step, and no checkpoint holds it."""
