@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -52,43 +51,36 @@ def visible(q_positions: Tensor, k_positions: Tensor, q_ids: Tensor | None = Non
     """The only mask rule of this file: (..., T) and (..., S) to a bool (..., T, S), True where the query sees the key.
     A query sees a key of its own segment (ids are compared as they are, -1 is padding and sees nothing), at its own
     position or before it if `causal`, and fewer than `window` positions back, itself included.
-
     >>> visible(torch.arange(3), torch.arange(3), torch.tensor([7, 7, 2]), torch.tensor([7, 7, 2])).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
     distance = q_positions[..., :, None] - k_positions[..., None, :]  # (..., T, S)
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        mask = mask & (distance >= 0)
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         mask = mask & (distance < window)
     if q_ids is not None:
-        same_segment = q_ids[..., :, None] == k_ids[..., None, :]
-        mask = mask & same_segment & (q_ids != PADDING_SEGMENT_ID)[..., :, None]
+        mask = mask & (q_ids[..., :, None] == k_ids[..., None, :]) & (q_ids != PADDING_SEGMENT_ID)[..., :, None]
     return mask
 
 class MaskRule(NamedTuple):
     """The arguments of `visible` for a whole batch, checked; None means 0..T-1 for positions, one document for ids."""
-
-    causal: bool
-    window: int | None
-    q_positions: Tensor | None  # (B, T) int32
-    k_positions: Tensor | None  # (B, S) int32
-    q_ids: Tensor | None  # (B, T) int32
-    k_ids: Tensor | None  # (B, S) int32
+    causal: bool = True
+    window: int | None = None
+    q_positions: Tensor | None = None  # (B, T) int32
+    k_positions: Tensor | None = None  # (B, S) int32
+    q_ids: Tensor | None = None  # (B, T) int32
+    k_ids: Tensor | None = None  # (B, S) int32
 
     @property
     def plain(self) -> bool:
-        """Nothing but causal, or nothing at all."""
-        return self.window is None and self.q_positions is None and self.q_ids is None
+        return self.window is None and self.q_positions is None and self.q_ids is None  # causal, or nothing at all
 
-    def part(self, q_slice: slice, k_slice: slice, q_len: int, k_len: int, device: torch.device) -> Tensor:
-        """The mask of some queries and some keys: bool (B or 1, T, S)."""
-        q_places, k_places = self.q_positions, self.k_positions
-        if q_places is None:  # (1, T) and (1, S)
-            q_places, k_places = (torch.arange(n, device=device, dtype=torch.int32)[None] for n in (q_len, k_len))
-        ids = () if self.q_ids is None else (self.q_ids[:, q_slice], self.k_ids[:, k_slice])
-        return visible(q_places[:, q_slice], k_places[:, k_slice], *ids, causal=self.causal, window=self.window)
+    def mask(self, q: Tensor, k: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """The mask of some queries and some keys of q (..., T, D) and k (..., S, D): bool (B or 1, T, S)."""
+        q_places, k_places = (torch.arange(x.shape[-2], device=x.device)[None] if positions is None else positions
+                              for x, positions in ((q, self.q_positions), (k, self.k_positions)))  # (1 or B, T or S)
+        ids = () if self.q_ids is None else (self.q_ids[:, rows], self.k_ids[:, columns])
+        return visible(q_places[:, rows], k_places[:, columns], *ids, causal=self.causal, window=self.window)
 
 def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
               kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
@@ -99,27 +91,22 @@ def mask_rule(q: Tensor, k: Tensor, *, causal: bool = True, segment_ids: Tensor 
     def rows(name: str, tensor: Tensor | None, length: int) -> Tensor | None:
         if tensor is None:
             return None
-        if tensor.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
-            raise ValueError(f"{name} must be integers, not {tensor.dtype}.")
-        if tensor.shape not in ((length,), (1, length), (B, length)):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but ({B}, {length}) or ({length},) is needed.")
+        if tensor.is_floating_point() or tensor.shape not in ((length,), (1, length), (B, length)):
+            raise ValueError(f"{name} must be integers of shape ({B}, {length}) or ({length},), but has {tensor.dtype} "
+                             f"of shape {tuple(tensor.shape)}.")
         return tensor.to(q.device, torch.int32).expand(B, length).contiguous()
 
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, but must be at least 1: a query always counts itself.")
+    # subtle: with as many keys as queries, keys take what is given for the queries (self-attention on documents whose
+    # positions restart); with a cache or a part of the sequence, positions that are not given count from 0.
+    if T == S:
+        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        kv_positions = positions if kv_positions is None else kv_positions
     if (segment_ids is None) != (kv_segment_ids is None):
-        if segment_ids is None or T != S:
-            raise ValueError(f"segment_ids and kv_segment_ids are both needed where {T} queries meet {S} keys.")
-        kv_segment_ids = segment_ids
-    # subtle: with as many keys as queries, keys take the positions of the queries (self-attention on documents whose
-    # positions restart); with a cache or a part of the sequence, what is not given counts from 0.
-    if kv_positions is None and positions is not None and T == S:
-        kv_positions = positions
-    if not causal and window is None:
-        positions = kv_positions = None  # nothing asks for them
-    elif positions is not None or kv_positions is not None:
-        positions = torch.arange(T, device=q.device) if positions is None else positions
-        kv_positions = torch.arange(S, device=q.device) if kv_positions is None else kv_positions
+        raise ValueError(f"segment_ids and kv_segment_ids are both needed where {T} queries meet {S} keys.")
+    if (positions is None) != (kv_positions is None):
+        positions, kv_positions = (torch.arange(n) if x is None else x for x, n in ((positions, T), (kv_positions, S)))
     return MaskRule(causal, window, rows("positions", positions, T), rows("kv_positions", kv_positions, S),
                     rows("segment_ids", segment_ids, T), rows("kv_segment_ids", kv_segment_ids, S))
 
@@ -131,8 +118,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
     group = check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
-    mask = mask_rule(q, k, **mask_args).part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]
-    blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1), where mask is (B, 1, T, S)
+    mask = mask_rule(q, k, **mask_args).mask(q, k)[:, None]  # (B, 1, T, S)
+    blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
     # subtle: softmax over nothing is 0/0 and its gradient NaN, so blind rows see everything first and are zeroed after.
     scores = (scale * q @ k.mT).masked_fill(~(mask | blind), -torch.inf)  # (B, H, T, S)
     out = (scores.softmax(-1) @ v).masked_fill(blind, 0)  # (B, H, T, Dv)
@@ -141,15 +128,13 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> int:
     """The number of query heads that share one key head, or ValueError where q, k and v do not fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"q, k and v must be (batch, heads, length, head_dim), but are {shapes}.")
+    if not q.dim() == k.dim() == v.dim() == 4 or 0 in q.shape + k.shape + v.shape:
+        raise ValueError(f"q, k and v must be (batch, heads, length, head_dim), each at least 1, but are {shapes}.")
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1:3] != v.shape[1:3] or q.shape[3] != k.shape[3]:
         raise ValueError(f"batch, key heads, key length and head_dim must agree, but the shapes are {shapes}.")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly ({shapes}); "
                          "heads come before length: transpose(1, 2) what is (batch, length, heads, head_dim).")
-    if 0 in q.shape + k.shape + v.shape:
-        raise ValueError(f"every dimension must be at least 1, but the shapes are {shapes}.")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must have one floating dtype, but have {q.dtype}, {k.dtype}, {v.dtype}.")
     return q.shape[1] // k.shape[1]
@@ -185,10 +170,9 @@ def empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def visible_tiles(rule: MaskRule, q: Tensor, k: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple]:
     """(slice of queries, slice of keys, their mask (B, 1, 1, t, s)) for every tile that holds a visible pair."""
-    T, S = q.shape[-2], k.shape[-2]
-    for rows in (slice(start, start + q_tile) for start in range(0, T, q_tile)):
-        for columns in (slice(start, start + k_tile) for start in range(0, S, k_tile)):
-            mask = rule.part(rows, columns, T, S, q.device)[:, None, None]
+    for rows in (slice(start, start + q_tile) for start in range(0, q.shape[-2], q_tile)):
+        for columns in (slice(start, start + k_tile) for start in range(0, k.shape[-2], k_tile)):
+            mask = rule.mask(q, k, rows, columns)[:, None, None]
             if mask.any():
                 yield rows, columns, mask
 
@@ -242,12 +226,9 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
     One row is a tile of queries that walks over tiles of keys, or with `by_key` one of keys over those of queries. It
     holds [low, full_low, full_high, high): tiles before low and from high on are seen by nobody and skipped, those from
     full_low to full_high - 1 are seen by everybody and need no mask, the others are computed with it.
-
     Only the smallest and largest position and id of every tile are compared, so a tile may be visited in vain (ids
     whose ranges overlap) but never missed: ids may have any value, come in any order and come back.
-
-    >>> rule = MaskRule(True, None, None, None, None, None)
-    >>> tile_bounds(rule, 6, 6, 2, 2).tolist()
+    >>> tile_bounds(MaskRule(causal=True), 6, 6, 2, 2).tolist()
     [[[0, 0, 0, 1], [0, 0, 1, 2], [0, 0, 2, 3]]]
     """
     def extremes(q_values: Tensor | None, k_values: Tensor | None) -> Iterator[Tensor]:
@@ -259,8 +240,8 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
             yield from (values.amin(-1).unsqueeze(dim), values.amax(-1).unsqueeze(dim))
 
     q_low, q_high, k_low, k_high = extremes(rule.q_positions, rule.k_positions)  # (B, q_tiles, 1), (B, 1, k_tiles)
-    touched = torch.ones_like(q_low + k_low, dtype=torch.bool)  # (B, q_tiles, k_tiles): perhaps a visible pair
-    full = touched  # certainly nothing but visible pairs
+    # (B, q_tiles, k_tiles): is there perhaps a visible pair, are there certainly none but visible pairs?
+    touched = full = torch.ones_like(q_low + k_low, dtype=torch.bool)
     if rule.causal:
         touched, full = touched & (q_high >= k_low), full & (q_low >= k_high)
     if rule.window is not None:
@@ -283,11 +264,9 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
     full_high = torch.where(run > 0, run_end + 1, low)
     return torch.stack([low, full_high - run, full_high, high], -1).to(torch.int32)  # (B, tiles, 4)
 
-@functools.lru_cache(maxsize=64)
-def plain_bounds(causal: bool, window: int | None, *args, **kwargs) -> Tensor:
-    """`tile_bounds` of a mask that no tensor describes: the same in every layer and step, so it is computed once."""
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
-        return tile_bounds(MaskRule(causal, window, None, None, None, None), *args, **kwargs)
+# A mask that no tensor describes is the same in every layer and step, so its bounds are computed once (not in inference
+# mode: its tensors could not be saved for a later backward pass).
+plain_bounds = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(tile_bounds))
 
 def mask_picture(bounds: Tensor) -> str:
     """One character for each tile of the batch's first row: blank skipped, ░ computed with the mask, █ without."""
@@ -295,11 +274,9 @@ def mask_picture(bounds: Tensor) -> str:
                      for low, full_low, full_high, high in bounds[0].tolist())
 
 # --- 4. The kernels in Triton: forward ---
-
 # A program owns one tile of queries of one head and walks over the tiles of keys from `low` to `high`; only outside of
 # [full_low, full_high) it looks at the mask. (Two loops, with and without the mask, save that question but make ptxas
 # serialize the tensor cores under Triton 3.6.) The hardware's exponentials are powers of 2: exp(x) = 2^(x * log2(e)).
-
 @jit
 def load_tile(base, first_row, length, row_stride, ROWS: constexpr, D: constexpr, D_PAD: constexpr):
     """Rows of D numbers as a (ROWS, D_PAD) tile; D_PAD is D rounded up to a power of 2, and what is outside is 0."""
@@ -355,9 +332,8 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
         k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
         if (k_index < full_low) | (k_index >= full_high):
-            k_rows = k_first + tl.arange(0, K_TILE)
-            mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
-                                k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
+            mask = visible_tile(q_rows[:, None], k_first + tl.arange(0, K_TILE)[None, :], batch, q_len, k_len,
+                                q_positions, k_positions, q_ids, k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
             scores = tl.where(mask, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet subtracts 0
@@ -374,10 +350,8 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
     tl.store(L + q_rows, (m + tl.log2(total)) * 0.6931471805599453, mask=q_rows < q_len)  # ln 2: back to powers of e
 
 # --- 5. The kernels in Triton: backward ---
-
 # No two programs add to the same number, so every run gives the same result: the first kernel owns a tile of queries
 # and makes dQ (and delta, which both need), the second a tile of keys, its dK and dV from all heads that share the key.
-
 @jit
 def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_ids, k_ids, bounds, bounds_batch,
               q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -398,8 +372,7 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
     delta_rows = tl.sum(out_tile.to(tl.float32) * grad.to(tl.float32), 1)
     flat_rows = (batch * heads + head) * q_len + q_rows  # L and delta are (B, H, T)
     tl.store(delta + flat_rows, delta_rows, mask=q_rows < q_len)
-    L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
-    L_log2 = tl.where(L_rows == float("-inf"), 0.0, L_rows * 1.4426950408889634)  # times log2(e)
+    L_log2 = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0) * 1.4426950408889634  # times log2(e)
     acc = tl.zeros([Q_TILE, D_PAD], tl.float32)
     for k_index in range(low, high):
         k_first = k_index * K_TILE
@@ -408,10 +381,9 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
         p = tl.exp2(scores * scale_log2 - L_log2[:, None])
         if (k_index < full_low) | (k_index >= full_high):
-            k_rows = k_first + tl.arange(0, K_TILE)
-            mask = visible_tile(q_rows[:, None], k_rows[None, :], batch, q_len, k_len, q_positions, k_positions, q_ids,
-                                k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
-            p = tl.where(mask, p, 0.0)
+            mask = visible_tile(q_rows[:, None], k_first + tl.arange(0, K_TILE)[None, :], batch, q_len, k_len,
+                                q_positions, k_positions, q_ids, k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
+            p = tl.where(mask, p, 0.0)  # in a blind row, where L is -inf, p was inf
         dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     store_tile(dq + batch * dq_batch + head * dq_head, acc * scale, q_first, q_len, dq_row, Q_TILE, D, D_PAD)
@@ -433,14 +405,11 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
     v_tile = load_tile(v + batch * v_batch + kv_head * v_head, k_first, k_len, v_row, K_TILE, DV, DV_PAD)
     dk_acc, dv_acc = tl.zeros([K_TILE, D_PAD], tl.float32), tl.zeros([K_TILE, DV_PAD], tl.float32)
     for step in range(0, GROUP * (high - low)):  # one loop over (query head of the group, tile of queries)
-        head, q_index = kv_head * GROUP, low + step
-        if GROUP > 1:
-            head, q_index = head + step // (high - low), low + step % (high - low)
+        head, q_index = kv_head * GROUP + step // (high - low), low + step % (high - low)
         q_first = q_index * Q_TILE
         q_rows = q_first + tl.arange(0, Q_TILE)
         flat_rows = (batch * heads + head) * q_len + q_rows
-        L_rows = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0)
-        L_log2 = tl.where(L_rows == float("-inf"), 0.0, L_rows * 1.4426950408889634)
+        L_log2 = tl.load(L + flat_rows, mask=q_rows < q_len, other=0.0) * 1.4426950408889634
         delta_rows = tl.load(delta + flat_rows, mask=q_rows < q_len, other=0.0)
         q_tile = load_tile(q + batch * q_batch + head * q_head, q_first, q_len, q_row, Q_TILE, D, D_PAD)
         grad = load_tile(grad_out + batch * grad_batch + head * grad_head, q_first, q_len, grad_row, Q_TILE, DV, DV_PAD)
@@ -458,7 +427,6 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
 
 class Launch(NamedTuple):
     """How one kernel is launched: the tile sizes, the warps of a program, the stages of its software pipeline."""
-
     q_tile: int
     k_tile: int
     num_warps: int
@@ -474,10 +442,6 @@ LAUNCH_16_BIT = {
 LAUNCH_32_BIT = {head_dim: dict.fromkeys(("forward", "dq", "dkdv"), Launch(tile, tile, 4, 1))  # to check, not for speed
                  for head_dim, tile in ((64, 32), (128, 32), (256, 16))}
 
-def padded(head_dim: int) -> int:
-    """The power of 2, at least 16 (the smallest the tensor cores multiply), that holds head_dim."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
 def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) -> list[int]:
     """Launches of the forward, dq and dkdv kernels in a row, from the table where `params` does not name them."""
     if triton is None:
@@ -487,12 +451,11 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
                          "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
     if q.dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
-    head_dim = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
+    head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > 256 or q.dtype == torch.float64:
-        raise ValueError(f"the Triton kernels take head dims up to 256 and at most 32 bits, not {q.shape[-1]}, "
-                         f"{v.shape[-1]} and {q.dtype}; use backend='sdpa'.")
-    table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[head_dim] | (params or {})
-    return [number for kernel in ("forward", "dq", "dkdv") for number in table[kernel]]
+        raise ValueError(f"the kernels take 256 dims of 32 bits at most, not {head_dim} of {q.dtype}: use 'sdpa'.")
+    table = (LAUNCH_32_BIT if q.dtype == torch.float32 else LAUNCH_16_BIT)[max(64, triton.next_power_of_2(head_dim))]
+    return [number for kernel in ("forward", "dq", "dkdv") for number in (table | (params or {}))[kernel]]
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
 
@@ -501,6 +464,7 @@ def launch_kernel(kernel, launch: list[int], rule: MaskRule, bounds: Tensor, hea
     """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
     q, k, v = tensors[:3]
     (B, H, T, D), (G, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    D_PAD, DV_PAD = (max(16, triton.next_power_of_2(dim)) for dim in (D, Dv))  # tensor cores multiply 16 at least
     q_tile, k_tile, num_warps, num_stages = launch
     bounds = bounds.expand(B, -1, -1)
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # numbers of a row lie side by side
@@ -510,11 +474,10 @@ def launch_kernel(kernel, launch: list[int], rule: MaskRule, bounds: Tensor, hea
     with torch.cuda.device_of(q):  # the GPU of the tensors, not the current one
         kernel[(B * heads, bounds.shape[1])](
             *tensors, *rule[2:], bounds, bounds.stride(0), *strides, H, T, S, *scales, GROUP=H // G, D=D,
-            D_PAD=padded(D), DV=Dv, DV_PAD=padded(Dv), CAUSAL=rule.causal, WINDOW=rule.window or 0, PRECISION=precision,
+            D_PAD=D_PAD, DV=Dv, DV_PAD=DV_PAD, CAUSAL=rule.causal, WINDOW=rule.window or 0, PRECISION=precision,
             Q_TILE=q_tile, K_TILE=k_tile, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 # --- 6. One function for all of them ---
-
 # As custom operators, both passes are opaque calls to torch.compile and to activation checkpointing, which need only
 # the shapes of the results (the `empty_` functions) and to know which operator is the derivative of which.
 OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
@@ -564,23 +527,19 @@ def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: f
         tile_sizes = list((params or {}).get("forward", (128, 128))[:2])
         return rule.causal, rule.window, scale, tile_sizes, backend, *rule[2:], None, None, None
     launch = launch_table(q, v, params)
-    build = functools.partial(tile_bounds, rule)
     # torch.compile looks into tile_bounds itself, and computes it once for all layers that share a mask.
-    if rule.q_positions is None and rule.q_ids is None and not torch.compiler.is_compiling():
-        build = functools.partial(plain_bounds, rule.causal, rule.window)
-    forward, dq, dkdv = (build(q.shape[2], k.shape[2], *launch[start:start + 2], by_key=start == 8, device=q.device)
-                         for start in (0, 4, 8))
-    return rule.causal, rule.window, scale, launch, backend, *rule[2:], forward, dq, dkdv
+    described = rule.q_positions is not None or rule.q_ids is not None or torch.compiler.is_compiling()
+    build = functools.partial(tile_bounds if described else plain_bounds, rule, q.shape[2], k.shape[2], device=q.device)
+    bounds = (build(*launch[start:start + 2], by_key=start == 8) for start in (0, 4, 8))
+    return rule.causal, rule.window, scale, launch, backend, *rule[2:], *bounds
 
 class FlashAttentionPyTorch(torch.autograd.Function):
     """.apply(q, k, v, is_causal=False) on (..., T, D), by tiles; saves q, k, v, out and L, its only (..., T) tensor."""
-
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, backend: str = "tiles") -> Tensor:
         heads = [x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v)]  # (B, 1, T, D): the leading dimensions are a batch
         check_shapes(*heads)
-        rule = mask_rule(*heads[:2], causal=is_causal)
-        ctx.options = operator_arguments(*heads, rule, q.shape[-1] ** -0.5, None, backend)
+        ctx.options = operator_arguments(*heads, MaskRule(is_causal), q.shape[-1] ** -0.5, None, backend)
         out, L = forward_op(*heads, *ctx.options)
         out = out.reshape(*q.shape[:-1], v.shape[-1])  # (..., T, Dv)
         ctx.save_for_backward(q, k, v, out, L.reshape(q.shape[:-1]))
@@ -595,31 +554,26 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
 class FlashAttentionTriton(FlashAttentionPyTorch):
     """The same by the Triton kernels."""
-
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         return FlashAttentionPyTorch.forward(ctx, q, k, v, is_causal, "triton")
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, mask_bytes: int = 0
-                   ) -> tuple[str, str]:
+def choose_backend(device: str, dtype: torch.dtype, head_dim: int, mask_bytes: int = 0) -> tuple[str, str]:
     """The backend that "auto" means, and why, as a sentence; mask_bytes is B * T * S, or 0 where causal is all."""
-    if torch.device(device).type == "cuda" and triton is not None and head_dim <= 256 and dtype != torch.float64:
+    if device == "cuda" and triton is not None and head_dim <= 256 and dtype != torch.float64:
         return "triton", "Triton kernels: the device is a GPU and triton is installed."
-    if mask_bytes == 0:
-        return "sdpa", "PyTorch's own scaled_dot_product_attention: the Triton kernels need a GPU and triton installed."
     if mask_bytes <= DENSE_MASK_LIMIT:
-        return "sdpa", f"PyTorch's own scaled_dot_product_attention with a dense mask of {mask_bytes:,} bytes."
+        return "sdpa", f"PyTorch's own scaled_dot_product_attention, with a dense mask of {mask_bytes:,} bytes."
     return "tiles", f"tiles in plain PyTorch: a dense mask would take {mask_bytes:,} bytes."
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
     """The same by PyTorch's own kernels; anything but plain causal costs a dense (B, T, S) mask."""
-    attention = functools.partial(F.scaled_dot_product_attention, q, k, v, scale=scale,
-                                  enable_gqa=q.shape[1] != k.shape[1])
     if rule.plain:
-        return attention(is_causal=rule.causal)
-    mask = rule.part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]  # (B, 1, T, S)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=scale, enable_gqa=True)
+    mask = rule.mask(q, k)[:, None]  # (B, 1, T, S)
     blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
-    return attention(attn_mask=mask | blind).masked_fill(blind, 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=True)
+    return out.masked_fill(blind, 0)  # (B, H, T, Dv)
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
                     kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
@@ -627,10 +581,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
                     params: dict[str, Launch] | None = None, backend: str = "auto") -> Tensor:
     """Attention of q (B, H, T, D) on k (B, G, S, D) and v (B, G, S, Dv): (B, H, T, Dv), by the rule of `visible`.
     G divides H: query heads g * H/G to (g + 1) * H/G - 1 share key head g. Integer tensors are (B, T) or (T,) for
-    queries and (B, S) or (S,) for keys. Without positions, queries and keys both count from 0; a decoding step passes
-    the position of its query. What is given for queries alone holds for the keys too where T == S. Segment ids fit in
-    32 bits; padding (-1), and whatever sees no key, gives zeros and receives zero gradient. scale is 1 / sqrt(D) unless
-    given. params, as {"forward": Launch(...)}, replaces entries of the table. backend: see `choose_backend`."""
+    queries, (B, S) or (S,) for keys; what is given for queries alone holds for the keys too where T == S. Positions
+    count from 0 unless given. Ids fit in 32 bits; padding (-1), and whatever sees no key, gives zeros and receives zero
+    gradient. scale: 1 / sqrt(D) unless given; backend: see `choose_backend`; params: launches of some kernels."""
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in float32 beside a 16-bit v
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     check_shapes(q, k, v)
@@ -644,7 +597,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
     rule = mask_rule(q, k, **mask_args)
     if backend == "auto":
         mask_bytes = 0 if rule.plain else q.shape[0] * q.shape[2] * k.shape[2]
-        backend, _ = choose_backend(q.device, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
+        backend, _ = choose_backend(q.device.type, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
     if backend == "reference":
         dtype = torch.promote_types(q.dtype, torch.float32)
         return reference_attention(q, k, v, scale=scale, dtype=dtype, **mask_args)[0].to(q.dtype)
@@ -665,7 +618,7 @@ def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) ->
     """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
     exact = with_gradients([x.double() for x in tensors], mask_args, "reference")
     print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
-    for dtype, backend in itertools.product((torch.float32, torch.float16), backends):
+    for dtype, backend in ((dtype, backend) for dtype in (torch.float32, torch.float16) for backend in backends):
         cast = [x.to(dtype) for x in tensors]
         for _ in range(2):  # the first run compiles and fills caches
             start = time.perf_counter()
@@ -675,32 +628,28 @@ def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) ->
         errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
         print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
 
-def plot_mask(bounds: Tensor, tile: int, length: int, path: str) -> None:
-    """The picture as a PNG."""
+def plot_mask(picture: str, path: str) -> None:
+    """The picture as a PNG of 8 x 8 pixels a tile: white skipped, light computed with the mask, dark without."""
     try:
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
-    lines = mask_picture(bounds).split("\n")
-    image, edge = [[" ░█".index(kind) for kind in line.ljust(len(lines))] for line in lines], tile * len(lines)
-    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
-    axes.imshow(image, cmap="Blues", vmin=0, vmax=2, extent=(0, edge, edge, 0))  # its last tile may stick out
-    axes.set(xlabel=f"key (tiles of {tile} x {tile})", ylabel="query", xlim=(0, length), ylim=(length, 0),
-             title="tiles: white skipped, light masked, dark full")
-    figure.savefig(path, dpi=150)
+    lines = picture.split("\n")
+    image = torch.tensor([[" ░█".index(kind) for kind in line.ljust(len(lines))] for line in lines])
+    pyplot.imsave(path, image.repeat_interleave(8, 0).repeat_interleave(8, 1), cmap="Blues", vmin=0, vmax=2)
 
 def demonstrate(args: argparse.Namespace) -> None:
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
     B, T, H, G, D = args.batch_size, args.context_length, args.num_heads, args.num_kv_heads, args.head_dim
     tokens = torch.randint(0, max(1, T // args.num_documents), (B, T), generator=generator)  # 0 ends a document
     mask_args = {"segment_ids": segment_ids_from_tokens(tokens, 0).to(device), "window": args.window}
-    tensors = [torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H)]
-    check_shapes(*tensors[:3])
-    rule = mask_rule(*tensors[:2], **mask_args)
-    tile = max(args.tile, -(-T // 100))  # at most 100 characters wide
+    tensors = q, k, v, _ = [torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H)]
+    check_shapes(q, k, v)
+    rule = mask_rule(q, k, **mask_args)
+    tile = max(64, -(-T // 100))  # the picture is at most 100 characters wide
     bounds = tile_bounds(rule, T, T, tile, tile, device=device)
     if args.plot:
-        plot_mask(bounds, tile, T, args.plot)
+        plot_mask(mask_picture(bounds), args.plot)
         return print(f"wrote {args.plot}")
     if args.show_attention_mask:
         print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
@@ -710,10 +659,10 @@ def demonstrate(args: argparse.Namespace) -> None:
     print(f"backend auto is {name}: {reason}")
     print_errors(tensors, mask_args, ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or INTERPRETED))
     tiles, (low, full_low, full_high, high) = bounds.shape[1], bounds.long().sum((0, 1)).tolist()
-    useful = rule.part(slice(None), slice(None), T, T, device).sum() / ((high - low) * tile**2)
     print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal")
     print(f"  visited {high - low:,}, of them without a mask {full_high - full_low:,}; "
-          f"{useful:.0%} of the pairs computed are visible\n\nbytes kept for a backward pass")
+          f"{rule.mask(q, k).sum() / ((high - low) * tile**2):.0%} of the pairs computed are visible\n\n"
+          "bytes kept for a backward pass")
     for what, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes), ("log-sum-exp L", 4 * B * H * T),
                          ("a dense mask, one byte a pair", B * T**2), ("(T, S) matrices in 16 bits", 2 * B * H * T**2)):
         print(f"  {what:<36}{amount:>16,}")
@@ -722,8 +671,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="flash.py", description="Attention by tiles on a batch of packed documents.")
     for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
                                 ("num_documents", 6, "documents in a row, on average"), ("num_heads", 4, "query heads"),
-                                ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query"),
-                                ("tile", 64, "edge of the tiles counted and drawn, at least a 100th of a row")):
+                                ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--window", type=int, help="see only so many tokens back, itself included (default: all)")
     parser.add_argument("--show_attention_mask", action="store_true", help="only draw the tiles of the first row")

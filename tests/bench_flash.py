@@ -49,7 +49,7 @@ def ours(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: dict) -> Attend:
 
 def sdpa(kernel: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, mask: dict) -> Attend:
     rule, gqa = flash.mask_rule(q, k, **mask), q.shape[1] != k.shape[1]
-    dense = None if rule.plain else rule.part(slice(None), slice(None), q.shape[2], k.shape[2], q.device)[:, None]
+    dense = None if rule.plain else rule.mask(q, k)[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=dense,
@@ -139,7 +139,7 @@ def problem(args: argparse.Namespace) -> tuple[list[Tensor], Tensor, dict]:
 def count_pairs(q: Tensor, k: Tensor, v: Tensor, mask: dict) -> tuple[int, int]:
     """Visible pairs (query, key), and pairs in the tiles that the forward kernel visits, over batch and heads."""
     rule, (B, H, T, _), S = flash.mask_rule(q, k, **mask), q.shape, k.shape[2]
-    useful = sum(rule.part(slice(start, start + 512), slice(None), T, S, q.device).sum().item()
+    useful = sum(rule.mask(q, k, slice(start, start + 512)).sum().item()
                  for start in range(0, T, 512))
     q_tile, k_tile = flash.launch_table(q, v)[:2] if q.is_cuda else (128, 128)
     bounds = flash.tile_bounds(rule, T, S, q_tile, k_tile, device=q.device).long()

@@ -238,7 +238,7 @@ def test_bounds_are_never_wrong(seed: int) -> None:
     mask.pop("scale")
     rule, rng = flash.mask_rule(q, k, **mask), random.Random(seed)
     T, S, q_tile, k_tile = q.shape[2], k.shape[2], rng.choice([1, 3, 8, 16]), rng.choice([1, 4, 7, 16])
-    dense = rule.part(slice(None), slice(None), T, S, q.device)  # (B or 1, T, S)
+    dense = rule.mask(q, k)  # (B or 1, T, S)
     for by_key in (False, True):
         bounds = flash.tile_bounds(rule, T, S, q_tile, k_tile, by_key=by_key, device=DEVICE)
         pairs, outer, inner = (dense.mT, k_tile, q_tile) if by_key else (dense, q_tile, k_tile)
@@ -257,8 +257,8 @@ def test_bounds_are_tight_for_packed_documents(seed: int) -> None:
     """For documents numbered in order the bounds are exactly the first and last tile with a visible pair."""
     gen = torch.Generator().manual_seed(seed)
     ids = flash.segment_ids_from_tokens(torch.randint(0, 30, (2, 301), generator=gen), 0)
-    rule = flash.MaskRule(True, None, None, None, ids, ids)
-    dense = rule.part(slice(None), slice(None), 301, 301, ids.device)
+    rule = flash.MaskRule(q_ids=ids, k_ids=ids)
+    dense = rule.mask(ids[..., None], ids[..., None])
     dense = F.pad(dense, (0, 3, 0, 3)).view(2, 19, 16, 19, 16)
     some = dense.any(4).any(2)  # (B, q_tiles, k_tiles)
     for by_key in (False, True):
@@ -272,7 +272,7 @@ def test_bounds_are_tight_for_packed_documents(seed: int) -> None:
 def test_picture_of_the_mask() -> None:
     """The picture shows skipped tiles blank, partial ones light and full ones solid."""
     ids = torch.tensor([[0] * 6 + [1] * 4])
-    bounds = flash.tile_bounds(flash.MaskRule(True, None, None, None, ids, ids), 10, 10, 2, 2)
+    bounds = flash.tile_bounds(flash.MaskRule(q_ids=ids, k_ids=ids), 10, 10, 2, 2)
     assert flash.mask_picture(bounds) == "░\n█░\n██░\n   ░\n   █░"
 
 
@@ -495,8 +495,8 @@ def test_autocast_and_inference_mode() -> None:
         assert flash.flash_attention(q, q, v, backend="tiles").dtype == torch.bfloat16
     flash.plain_bounds.cache_clear()
     with torch.inference_mode():
-        bounds = flash.plain_bounds(True, None, 20, 20, 16, 16)
-    assert not bounds.is_inference() and flash.plain_bounds(True, None, 20, 20, 16, 16) is bounds
+        bounds = flash.plain_bounds(flash.MaskRule(), 20, 20, 16, 16)
+    assert not bounds.is_inference() and flash.plain_bounds(flash.MaskRule(), 20, 20, 16, 16) is bounds
 
 
 def test_every_argument_changes_something() -> None:
@@ -524,14 +524,14 @@ def test_every_argument_changes_something() -> None:
     ({"window": 0}, "at least 1"),
     ({"scale": -1.0}, "above 0"),
     ({"backend": "cuda"}, "one of auto, triton, tiles, sdpa, reference"),
-    ({"segment_ids": torch.zeros(2, 19, dtype=torch.int32)}, "(2, 19), but (2, 20)"),
+    ({"segment_ids": torch.zeros(2, 19, dtype=torch.int32)}, "(2, 20) or (20,), but has torch.int32 of shape (2, 19)"),
     ({"segment_ids": torch.zeros(2, 20)}, "must be integers"),
     ({"q": (2, 4, 7, 16), "segment_ids": torch.zeros(7, dtype=torch.int32)},
      "both needed where 7 queries meet 20 keys"),
     ({"kv_segment_ids": torch.zeros(20, dtype=torch.int32)}, "both needed"),
-    ({"positions": torch.zeros(1, 2, 20, dtype=torch.int32)}, "positions has shape (1, 2, 20)"),
-    ({"backend": "triton", "q": (2, 4, 20, 264), "k": (2, 2, 20, 264)}, "head dims up to 256"),
-    ({"backend": "triton", "dtype": torch.float64}, "at most 32 bits"),
+    ({"positions": torch.zeros(1, 2, 20, dtype=torch.int32)}, "positions must be integers of shape (2, 20)"),
+    ({"backend": "triton", "q": (2, 4, 20, 264), "k": (2, 2, 20, 264)}, "256 dims of 32 bits at most, not 264"),
+    ({"backend": "triton", "dtype": torch.float64}, "not 16 of torch.float64"),
     ({"params": {"bwd": flash.Launch(16, 16, 4, 1)}}, "forward, dq and dkdv"),
 ])
 def test_mistakes_are_one_sentence(arguments: dict, sentence: str) -> None:
@@ -567,8 +567,8 @@ def test_demonstration(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert len(errors) >= 24 and max(errors) < 5e-3 and "visited" in text, text
     flash.main(["--show_attention_mask", "--context_length", "300"])
     assert "█" in capsys.readouterr().out
-    for mistake, sentence in ((["--num_heads", "3"], "3 query heads cannot share 2"), (["--tile", "0"], "at least 1"),
-                              (["--window", "-3"], "at least 1")):
+    for mistake, sentence in ((["--num_heads", "3"], "3 query heads cannot share 2"), (["--window", "-3"], "at least 1"),
+                              (["--head_dim", "0"], "at least 1")):
         with pytest.raises(SystemExit) as stop:
             flash.main(mistake)
         error = capsys.readouterr().err
@@ -611,7 +611,8 @@ kernels = {"forward": flash.forward_kernel, "dq": flash.dq_kernel, "dkdv": flash
 
 def compiled(name, head_dim, launch, dtype, ids, positions, window, group):
     function = kernels[name]
-    constants = dict(GROUP=group, D=head_dim, D_PAD=flash.padded(head_dim), DV=head_dim, DV_PAD=flash.padded(head_dim),
+    padded = triton.next_power_of_2(head_dim)
+    constants = dict(GROUP=group, D=head_dim, D_PAD=padded, DV=head_dim, DV_PAD=padded,
                      CAUSAL=True, WINDOW=window, PRECISION="tf32", Q_TILE=launch.q_tile, K_TILE=launch.k_tile)
     constants |= {} if ids else {"q_ids": None, "k_ids": None}
     constants |= {} if positions else {"q_positions": None, "k_positions": None}
@@ -687,7 +688,7 @@ def test_table_compiles_for_hopper(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
 def test_every_variant_compiles_for_hopper(head_dim: int) -> None:
     """The same without a mask, in fp16, and with ids, positions, a window and grouped heads at once."""
-    table = flash.LAUNCH_16_BIT[max(64, flash.padded(head_dim))]
+    table = flash.LAUNCH_16_BIT[max(64, flash.triton.next_power_of_2(head_dim))]
     cases = [(kernel, head_dim, table[kernel], *variant) for kernel in table
              for variant in (("bf16", False, False, 0, 1), ("fp16", True, False, 0, 4), ("bf16", True, True, 500, 4))]
     for case, found in zip(cases, gate(cases), strict=True):
