@@ -332,7 +332,7 @@ def forward_kernel(q, k, v, out, L, q_positions, k_positions, q_ids, k_ids, boun
         k_tile = load_tile(k_base, k_first, k_len, k_row, K_TILE, D, D_PAD)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
         if (k_index < full_low) | (k_index >= full_high):
-            mask = visible_tile(q_rows[:, None], k_first + tl.arange(0, K_TILE)[None, :], batch, q_len, k_len,
+            mask = visible_tile(q_rows[:, None], (k_first + tl.arange(0, K_TILE))[None, :], batch, q_len, k_len,
                                 q_positions, k_positions, q_ids, k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
             scores = tl.where(mask, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
@@ -381,7 +381,7 @@ def dq_kernel(q, k, v, out, grad_out, L, delta, dq, q_positions, k_positions, q_
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (Q_TILE, K_TILE)
         p = tl.exp2(scores * scale_log2 - L_log2[:, None])
         if (k_index < full_low) | (k_index >= full_high):
-            mask = visible_tile(q_rows[:, None], k_first + tl.arange(0, K_TILE)[None, :], batch, q_len, k_len,
+            mask = visible_tile(q_rows[:, None], (k_first + tl.arange(0, K_TILE))[None, :], batch, q_len, k_len,
                                 q_positions, k_positions, q_ids, k_ids, CAUSAL, WINDOW)  # (Q_TILE, K_TILE)
             p = tl.where(mask, p, 0.0)  # in a blind row, where L is -inf, p was inf
         dscores = p * (tl.dot(grad, tl.trans(v_tile), input_precision=PRECISION) - delta_rows[:, None])

@@ -567,8 +567,8 @@ def test_demonstration(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert len(errors) >= 24 and max(errors) < 5e-3 and "visited" in text, text
     flash.main(["--show_attention_mask", "--context_length", "300"])
     assert "█" in capsys.readouterr().out
-    for mistake, sentence in ((["--num_heads", "3"], "3 query heads cannot share 2"), (["--window", "-3"], "at least 1"),
-                              (["--head_dim", "0"], "at least 1")):
+    for mistake, sentence in ((["--num_heads", "3"], "3 query heads cannot share 2"),
+                              (["--window", "-3"], "at least 1"), (["--head_dim", "0"], "at least 1")):
         with pytest.raises(SystemExit) as stop:
             flash.main(mistake)
         error = capsys.readouterr().err
