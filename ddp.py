@@ -33,19 +33,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 # --- 1. Ranks: starting, waiting, stopping ---
 class Ranks(NamedTuple):
     """This process's number among all, its number on this machine (which is its GPU's), and how many there are."""
-
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -89,16 +88,10 @@ def _join(store: dist.Store, ranks: Ranks, timeout_s: float, backend: str) -> No
     atexit.register(_leave_note)
 
 def get_rank() -> int:
-    """This process's number; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 def get_world_size() -> int:
-    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-def members_of(group: dist.ProcessGroup | None) -> list[int]:
-    """The ranks of a group; None stands for all of them."""
-    return list(range(get_world_size())) if group is None else dist.get_process_group_ranks(group)
 
 def _store() -> dist.Store:
     return dist.group.WORLD.get_group_store()  # a small key-value server that all ranks can reach
@@ -115,18 +108,17 @@ def barrier(message: str) -> None:
     except RuntimeError as error:
         raise RankFailure(f"waited in vain for {message}: {_reason(error)}") from error
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The object that rank `source` holds, on every rank: a run's name, paths, settings."""
-    box = [value]
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank passes, in rank order, on every rank: names, paths, settings."""
+    everyones = [value] * get_world_size()
     if get_world_size() > 1:
-        dist.broadcast_object_list(box, source)
-    return box[0]
+        dist.all_gather_object(everyones, value)
+    return everyones
 
 def on_rank_0(work: Callable[[], Any], description: str) -> Any:
     """Run work() on rank 0 alone while the others wait, however long it takes; all of them return its result.
     A barrier would not do: preparing data may outlast the timeout that ends a job that hangs. So the others look for
-    rank 0's note in the store, and say after two seconds what they wait for. If work() raises, they raise RankFailure.
-    """
+    rank 0's note in the store, say after two seconds what they wait for, and raise RankFailure if work() raises."""
     if get_world_size() == 1:
         return work()
     store, rank = _store(), get_rank()
@@ -140,14 +132,14 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
             store.set(key, _reason(error))
             raise
         store.set(key, "done")
-    num_looks = 0
+    looks = itertools.count(1)
     while not store.check([key]):
-        if (num_looks := num_looks + 1) == 10:
+        if next(looks) == 10:
             print(f"rank {rank} waits for rank 0: {description}", file=sys.stderr, flush=True)
         time.sleep(0.2)
     if (outcome := store.get(key).decode()) != "done":
         raise RankFailure(f"rank 0 failed at {description}: {outcome}")
-    return broadcast_object(result)
+    return gather_objects(result)[0]
 
 def end_distributed() -> None:
     """Leave the group at the end of a run that went well: nobody goes before all have come.
@@ -174,11 +166,11 @@ def _reason(error: BaseException) -> str:
     # these carry a sentence; of anything else, as KeyError: 'x', the type is half of the message
     return line if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {line}"
 
-def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
+def explain_failure(error: BaseException) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
     A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
-    a timeout, and look there: for a reason, for a rank that has finished early, and for ranks that stay silent for
-    `patience_s` seconds: killed (torchrun then says which one), hanging, or still waiting."""
+    a timeout, and look there: for a reason, for ranks that finished early, and for silent ones: killed (torchrun then
+    says which one), hanging, or still waiting."""
     reason = _reason(error)
     if get_world_size() == 1:
         return reason
@@ -186,13 +178,13 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     # gloo raises plain RuntimeErrors, known by their text only: "[.../gloo/transport/tcp/pair.cc:547] Connection ..."
     by_text = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
     lost_contact = by_text or isinstance(error, (RankFailure, dist.DistError))
-    peers = [peer for peer in range(get_world_size()) if peer != rank]
+    peers = silent = [peer for peer in range(get_world_size()) if peer != rank]
     why = "the rank that hosts the store is gone"
     with suppress(RuntimeError):
         store.set(f"failed/{rank}", "" if lost_contact else reason)
         if not lost_contact:
             return f"rank {rank} failed: {reason}"
-        silent, deadline = peers, time.monotonic() + patience_s
+        deadline = time.monotonic() + 2
         while silent and time.monotonic() < deadline:
             silent = [peer for peer in peers if not store.check([f"failed/{peer}"])]
             for peer in set(peers).difference(silent):
@@ -207,10 +199,8 @@ def explain_failure(error: BaseException, patience_s: float = 2.0) -> str:
     return f"rank {rank} stops because {why}: {reason}"
 
 # --- 3. The collectives ---
-#
 # Started now, finished later: each start_ function returns at once with a function that waits for the end. Between the
 # two the tensors belong to the network. Without a process group all of them leave things as they are.
-
 def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """Replace `tensor` by its sum over the ranks, on every rank, in place. The library chooses the order of the
     additions: any order gives the same bits on two ranks, but not on four."""
@@ -220,9 +210,8 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
                          ) -> Callable[[], None]:
     """Rank r gets the sum over the ranks of their pieces[r], in `output` (which may be that piece itself).
     Each rank sends piece r straight to rank r, which adds what it receives in rank order, as one process that
-    accumulates micro-batches 0, 1, 2, ... does. Pieces may differ in length. gloo's own is half as fast: an all-reduce.
-    """
-    members = members_of(group)
+    accumulates micro-batches 0, 1, 2, ... does. Pieces may differ in length. (gloo's own is an all-reduce inside.)"""
+    members = dist.get_process_group_ranks(group) if len(pieces) > 1 else [get_rank()]  # None: all ranks
     assert len(pieces) == len(members), f"{len(pieces)} pieces for {len(members)} ranks"
     mine = members.index(get_rank())
     received = [piece if at == mine else torch.empty_like(pieces[mine]) for at, piece in enumerate(pieces)]
@@ -230,7 +219,6 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
     sends = [dist.P2POp(dist.isend, pieces[at], peer, group) for at, peer in others]
     receives = [dist.P2POp(dist.irecv, received[at], peer, group) for at, peer in others]
     works = dist.batch_isend_irecv(sends + receives) if others else []
-
     def finish() -> None:
         for work in works:
             work.wait()
@@ -242,13 +230,12 @@ def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.Proce
 
 def start_all_gather(pieces: list[Tensor], group: dist.ProcessGroup | None = None) -> Callable[[], Any]:
     """Every rank has filled pieces[its rank]; fill the others. One broadcast a rank: faster than gloo's all-gather."""
-    senders = zip(members_of(group), pieces, strict=True) if len(pieces) > 1 else ()
+    senders = zip(dist.get_process_group_ranks(group), pieces, strict=True) if len(pieces) > 1 else ()
     works = [dist.broadcast(piece, sender, group, async_op=True) for sender, piece in senders]
     return lambda: [work.wait() for work in works]
 
 def start_ordered_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """An all-reduce made of the two above: the same bytes, added in rank order, so the same bits at any world size."""
-    assert tensor.is_contiguous(), f"an ordered all-reduce needs a contiguous tensor, not strides {tensor.stride()}"
     pieces = list(tensor.view(-1).tensor_split(get_world_size()))
     finish_scatter = start_reduce_scatter(pieces, pieces[get_rank()])
     return lambda: (finish_scatter(), start_all_gather(pieces)())
@@ -285,11 +272,9 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
     Other programs' bytes are in it too, so take the least of several measurements. Only rank 0's answer counts: it
     starts counting before it lets the others go."""
-
     def count() -> float:
         lines = Path("/proc/net/dev").read_text().splitlines() if Path("/proc/net/dev").exists() else []
         return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), math.nan)
-
     before = count()
     barrier("the measurement")
     work()
@@ -297,25 +282,20 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
     return (count() - before) / get_world_size()
 
 # --- 4. The same model on every rank ---
-def check_same_model(module: nn.Module) -> None:
-    """Raise ValueError on every rank, naming the first difference, unless all ranks hold the same list of tensors.
-    gloo would abort when sizes differ, and give garbage without a word on (2, 3) against (3, 2) or float32 against
-    int32."""
+@torch.no_grad()
+def copy_rank_0(module: nn.Module) -> None:
+    """Give all ranks the parameters, frozen ones too, and buffers of rank 0; a tied weight travels once. Before that,
+    raise ValueError on every rank, naming the first difference, unless all hold the same list of tensors: gloo would
+    abort when sizes differ, and give garbage without a word on (2, 3) against (3, 2) or float32 against int32."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     mine = [f"{name} {tuple(t.shape)} {t.dtype}{' trained' if t.requires_grad else ''}" for name, t in tensors]
-    everyones: list[Any] = [mine] * get_world_size()
-    if get_world_size() > 1:
-        dist.all_gather_object(everyones, mine)
+    everyones = gather_objects(mine)
     for rank, theirs in enumerate(everyones):
         for expected, found in itertools.zip_longest(everyones[0], theirs, fillvalue="nothing"):
             if expected != found:
                 raise ValueError(f"rank {rank} has another model than rank 0: {found} instead of {expected}")
-
-@torch.no_grad()
-def broadcast_model(module: nn.Module) -> None:
-    """Copy rank 0's parameters, frozen ones too, and buffers to all ranks. A tied weight travels once."""
-    tensors = [*module.parameters(), *module.buffers()] if get_world_size() > 1 else []
-    for work in [dist.broadcast(tensor.detach(), 0, async_op=True) for tensor in tensors]:
+    works = [dist.broadcast(t.detach(), 0, async_op=True) for _, t in tensors] if len(everyones) > 1 else []
+    for work in works:
         work.wait()
 
 # --- 5. Naive: one message per gradient, after the backward pass ---
@@ -329,21 +309,21 @@ class DDPNaive(nn.Module):
 
     A parameter that only some ranks used in this step gets the average with zeros for the others; one that nobody used
     keeps the gradient None, so that the optimizer passes it over. ordered=True adds in rank order."""
-
     def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
         super().__init__()
-        check_same_model(module)
-        broadcast_model(module)
+        copy_rank_0(module)
         self.module = module
         self.world_size = get_world_size()
         self.start_sum = start_ordered_all_reduce if ordered else start_all_reduce
-        self.synchronizing = True
+        self.synchronizing, self.is_pending = True, False  # pending: messages are under way
         # last layer first, as gradients arrive; parameters() gives a tied weight once
         self.trainable = [p for p in reversed(list(module.parameters())) if p.requires_grad]
         if not self.trainable:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to synchronize")
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.is_pending:
+            raise RuntimeError("finish_gradient_synchronization() was not called after the last backward pass")
         return self.module(*inputs, **kwargs)
 
     @contextmanager
@@ -362,7 +342,8 @@ class DDPNaive(nn.Module):
             self._average()
 
     def _average(self) -> None:
-        num_users = self._used_flags(self.trainable)  # then summed: how many ranks used each parameter
+        used = [parameter.grad is not None for parameter in self.trainable]
+        num_users = self.trainable[0].new_tensor(used)  # summed: how many ranks used each parameter
         self.start_sum(num_users)()
         for parameter, users in zip(self.trainable, num_users.tolist()):
             if users > 0:
@@ -372,20 +353,16 @@ class DDPNaive(nn.Module):
                 parameter.grad = gradient.contiguous().mul_(1 / self.world_size)
                 self.start_sum(parameter.grad)()
 
-    def _used_flags(self, parameters: list[nn.Parameter]) -> Tensor:
-        used = [parameter.grad is not None for parameter in parameters]
-        return torch.tensor(used, dtype=parameters[0].dtype, device=parameters[0].device)
-
 # --- 6. Flat: one message ---
 class DDPFlat(DDPNaive):
     """All gradients in one long vector (one for each dtype) and one all-reduce: saves the fixed cost of messages.
     It takes a second copy of the gradients, and still nothing is sent before the backward pass is over."""
-
     def _average(self) -> None:
         for dtype in dict.fromkeys(parameter.dtype for parameter in self.trainable):
             group = [parameter for parameter in self.trainable if parameter.dtype == dtype]
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), self._used_flags(group)])
+            used = group[0].new_tensor([p.grad is not None for p in group])
+            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), used])
             self.start_sum(flat.mul_(1 / self.world_size))()
             *averages, num_users = flat.split([p.numel() for p in group] + [len(group)])
             for parameter, average, users in zip(group, averages, num_users.tolist()):
@@ -402,7 +379,6 @@ class DDPIndividual(DDPNaive):
     A message is a flat buffer, made once, for the gradients of a group of parameters: here one. A gradient is divided
     while it is copied there, then `parameter.grad` is a view into it: nothing is copied back. The flags of used
     parameters end the last message. `events` logs a step: ("ready", parameter's index), ("sent", message's number)."""
-
     def __init__(self, module: nn.Module, *, ordered: bool = False, plan: Callable[..., list] | None = None) -> None:
         super().__init__(module, ordered=ordered)
         self.groups = plan(self.trainable) if plan else [[parameter] for parameter in self.trainable]
@@ -419,16 +395,12 @@ class DDPIndividual(DDPNaive):
         self._start_step()
 
     def _start_step(self) -> None:
+        self.is_pending = False
         self.num_missing = [len(group) for group in self.groups]
         self.ready: set[nn.Parameter] = set()
         self.unused: list[nn.Parameter] = []  # by this rank
         self.in_flight: list[Callable[[], Any]] = []
         self.flags.fill_(1)
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self.ready:
-            raise RuntimeError("finish_gradient_synchronization() was not called after the last backward pass")
-        return self.module(*inputs, **kwargs)
 
     @torch.no_grad()
     def _on_gradient(self, parameter: nn.Parameter) -> None:
@@ -438,8 +410,9 @@ class DDPIndividual(DDPNaive):
             name = next(name for name, p in self.module.named_parameters() if p is parameter)
             raise RuntimeError(f"a second gradient for {name} before finish_gradient_synchronization(): wrap "
                                "micro-batches but the last in no_sync(), use checkpointing with use_reentrant=False")
-        if not self.ready:
+        if not self.is_pending:
             self.events: list[tuple[str, int]] = []
+        self.is_pending = True
         index, number, view = self.place_of[parameter]
         if parameter.grad is None:
             self.unused.append(parameter)
@@ -472,8 +445,6 @@ class DDPIndividual(DDPNaive):
 def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[list[nn.Parameter]]:
     """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each. A
     parameter larger than that is a bucket of its own. The first bucket is small: the network gets work to do early."""
-    if not bucket_size_mb > 0:
-        raise ValueError(f"bucket_size_mb is {bucket_size_mb}, it must be positive")
     buckets: list[list[nn.Parameter]] = [[]]
     free_bytes = min(bucket_size_mb, 1.0) * 2**20
     for p in parameters:
@@ -490,7 +461,6 @@ class DDPBucketed(DDPIndividual):
     How large? With s bytes in all, a network of w bytes/s and a fixed cost of o seconds per message, n buckets leave
     the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes
     (measured by tests/bench_ddp.py)."""
-
     def __init__(self, module: nn.Module, bucket_size_mb: float = 25.0, *, ordered: bool = False) -> None:
         super().__init__(module, ordered=ordered, plan=lambda trainable: plan_buckets(trainable, bucket_size_mb))
 
@@ -502,25 +472,23 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
     """The module in the data-parallel wrapper called `mode`. The module itself, its names untouched, is at `.module`.
     find_unused_parameters is torch's, which raises without it when a step leaves a parameter unused (a mixture of
     experts does); ours always allow that. torch's no_sync() must enclose the forward pass, ours only the backward."""
-    if mode not in MODES:
-        raise ValueError(f"--ddp {mode} is not known: choose one of {', '.join(MODES)}")
+    assert mode in MODES, f"{mode} is none of {MODES}"
     if mode == "torch" and ordered:
         raise ValueError("torch's DistributedDataParallel cannot add in rank order: choose another --ddp mode")
-    if get_world_size() == 1:
-        return DDPNaive(module)  # which alone does nothing; torch's refuses to work alone
+    if mode == "naive" or get_world_size() == 1:  # alone it does nothing; torch's refuses to work alone
+        return DDPNaive(module, ordered=ordered)
     if mode == "bucketed":
         return DDPBucketed(module, bucket_size_mb, ordered=ordered)
     if mode != "torch":
-        return {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
-    check_same_model(module)
-    wrapped = DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
-                                      find_unused_parameters=find_unused_parameters)
+        return {"flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
+    copy_rank_0(module)
+    wrapped = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
+                                                  find_unused_parameters=find_unused_parameters)
     wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
     wrapped.finish_gradient_synchronization = lambda: None  # its C++ Reducer is done when backward() returns
     return wrapped
 
 # --- 10. Context parallelism: splitting the sequence ---
-#
 # A long sequence is split like a batch: every layer but attention looks at one token at a time. A token attends to all
 # before it, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N chunks, and
 # rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
@@ -534,7 +502,6 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
 # In each layer every rank gathers all keys and values (in their G heads, before these are repeated), and keeps its own
 # queries. Backward, each has a gradient for all keys; a reduce-scatter adds them up at the owners. (Llama 3, section
 # 3.3.2.) Positions and documents are explicit, so that masks and rotary embeddings need no special case.
-
 def zigzag_order(n: int) -> list[int]:
     """The chunks of rank 0, of rank 1, ...
     >>> zigzag_order(4)
@@ -550,13 +517,10 @@ class ContextParallel:
         loss = cross_entropy(model(inputs, positions=positions, segment_ids=segment_ids), targets)
 
     The loss is each rank's mean over its tokens, equally many everywhere: the average over all ranks, which any --ddp
-    mode takes of the gradients, is that of the mean over all tokens. zigzag=False: chunks 2r and 2r+1, for comparison.
-    """
-
+    mode takes of the gradients, is that of the mean over all tokens. zigzag=False takes chunks 2r and 2r+1."""
     def __init__(self, size: int, *, zigzag: bool = True) -> None:
         world_size = get_world_size()
-        if size < 1 or world_size % size:
-            raise ValueError(f"{world_size} processes do not divide into teams of {size}: take a divisor")
+        assert world_size % size == 0, f"{world_size} processes do not divide into teams of {size}"
         self.size, (self.team, self.index) = size, divmod(get_rank(), size)
         self.order = zigzag_order(size) if zigzag else list(range(2 * size))
         self.chunks = self.order[2 * self.index : 2 * self.index + 2]  # this rank's
@@ -566,9 +530,7 @@ class ContextParallel:
 
     def split(self, x: Tensor, dim: int = -1) -> Tensor:
         """This rank's two chunks of a whole sequence."""
-        if x.shape[dim] % (2 * self.size):
-            raise ValueError(f"{x.shape[dim]} tokens do not divide into 2 x {self.size} chunks: take a multiple of "
-                             f"{2 * self.size}")
+        assert x.shape[dim] % (2 * self.size) == 0, f"{x.shape[dim]} tokens do not divide into {2 * self.size} chunks"
         return torch.cat([x.chunk(2 * self.size, dim)[chunk] for chunk in self.chunks], dim)
 
     def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
@@ -583,7 +545,6 @@ class ContextParallel:
     def attention(self, local: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`local`, any attention with the arguments of flash.flash_attention, over the sequence of the whole team.
         Each of the two chunks meets only the keys up to its own end: what lies behind it is not causal."""
-
         def attend(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
             whole = torch.cat((k, v), dim=-1)  # one message for both
             if self.size > 1:
@@ -606,7 +567,6 @@ class ContextParallel:
 
 class _GatherSequence(torch.autograd.Function):
     """A rank's chunks (B, G, T/N, D) -> those of the whole team in the order of the sequence, (B, G, T, D)."""
-
     @staticmethod
     def forward(ctx, x: Tensor, context: ContextParallel) -> Tensor:
         ctx.context, ctx.dtype = context, x.dtype
@@ -626,10 +586,9 @@ class _GatherSequence(torch.autograd.Function):
 
 # --- 11. Running it: two processes against one ---
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Run function(ranks, *args) in world_size new processes on this machine, and return their results in rank order.
-    The function must be importable by name; results are tensors, numbers, strings, and lists and dicts of these. When a
-    rank fails, the others are ended and torch.multiprocessing's ProcessRaisedException or ProcessExitedException says
-    which one and why. timeout_s bounds the waits of ranks for each other. (torchrun does this for whole programs.)"""
+    """Run function(ranks, *args) in world_size new processes on this machine (torchrun does it for whole programs), and
+    return their results in rank order: tensors, numbers, strings, lists and dicts of these. The function is found by
+    its name. When a rank fails, the others are ended, and torch.multiprocessing's exception says which one and why."""
     # a forkserver imports torch once and forks every rank from there: 0.1 s instead of 3 s for two of them; _dynamo,
     # which the first optimizer imports, is the slow part of torch
     method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
@@ -657,63 +616,62 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
     except Exception as error:
         raise RuntimeError(explain_failure(error)) from error
 
-COLLECTIVES = {  # name -> what starts it on a tensor and its pieces, one for each rank
-    "broadcast": lambda tensor, pieces: lambda: dist.broadcast(tensor, 0),
-    "all_reduce": lambda tensor, pieces: start_all_reduce(tensor),
-    "reduce_scatter": lambda tensor, pieces: start_reduce_scatter(pieces, pieces[get_rank()]),
-    "all_gather": lambda tensor, pieces: start_all_gather(pieces),
-}
+def _demo_collectives(ranks: Ranks) -> dict[str, tuple[list[float], float]]:
+    """By collective four numbers afterwards, and the bytes per rank that it takes for a million."""
+    starts: dict[str, Callable[[Tensor, list[Tensor]], Callable]] = {  # on a tensor, which is also cut into pieces
+        "broadcast": lambda tensor, pieces: lambda: dist.broadcast(tensor, 0),
+        "all_reduce": lambda tensor, pieces: start_all_reduce(tensor),
+        "reduce_scatter": lambda tensor, pieces: start_reduce_scatter(pieces, pieces[ranks.rank]),
+        "all_gather": lambda tensor, pieces: start_all_gather(pieces)}  # fmt: skip
+    results = {}
+    for name, start in starts.items():
+        numbers, million = torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank, torch.ones(2**20)
+        pieces, parts = (list(tensor.tensor_split(ranks.world_size)) for tensor in (numbers, million))
+        start(numbers, pieces)()
+        sent = min(measure_bytes_sent(lambda: start(million, parts)()) for _ in range(3))  # noqa: B023
+        results[name] = (pieces[ranks.rank] if name == "reduce_scatter" else numbers).tolist(), sent
+    return results
 
-def _demo_collectives(ranks: Ranks) -> list[tuple[list[float], float]]:
-    """Every collective on four numbers, and the bytes per rank that it takes for a million."""
-
-    def run(name: str, tensor: Tensor) -> Tensor:
-        pieces = list(tensor.tensor_split(ranks.world_size))
-        COLLECTIVES[name](tensor, pieces)()
-        return pieces[ranks.rank] if name == "reduce_scatter" else tensor
-
-    return [(run(name, torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist(),
-             min(measure_bytes_sent(lambda: run(name, torch.ones(2**20))) for _ in range(3)))  # noqa: B023
-            for name in COLLECTIVES]
-
-def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
-    """Five optimizer steps, each over num_micro_batches micro-batches that the ranks share out."""
+def train_toy(ranks: Ranks, num_micro_batches: int, build: Callable[[nn.Module], tuple[nn.Module, Any]],
+              look: Callable[[nn.Module, Any], Any] = lambda model, optimizer: None) -> tuple[nn.Module, Any, float]:
+    """Five steps of a small model, each over num_micro_batches micro-batches that the ranks share out, and the bytes
+    that a step sends. `build` makes wrapped model and optimizer, which `look` may see with the gradients in place."""
     torch.manual_seed(0)
     layers = [module for _ in range(8) for module in (nn.Linear(300, 300), nn.LayerNorm(300), nn.GELU())]
-    model = wrap(nn.Sequential(*layers, nn.Linear(300, 7)), mode, bucket_size_mb=0.5, ordered=ordered)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    sent = []
-
-    def compute_gradients(step: int) -> None:
-        for number in range(ranks.rank, num_micro_batches, ranks.world_size):
-            torch.manual_seed(1000 * step + number)
+    model, optimizer = build(nn.Sequential(*layers, nn.Linear(300, 7)))
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        for index in range(ranks.rank, num_micro_batches, ranks.world_size):
+            torch.manual_seed(1000 * number + index)
             loss = nn.functional.cross_entropy(model(torch.randn(20, 300)), torch.randint(7, (20,)))
             (loss * ranks.world_size / num_micro_batches).backward()
         model.finish_gradient_synchronization()
-
-    for step in range(5):
-        optimizer.zero_grad()
-        sent.append(measure_bytes_sent(lambda: compute_gradients(step)))  # noqa: B023
+        look(model, optimizer)
         optimizer.step()
+    return model, optimizer, min(measure_bytes_sent(partial(step, number)) for number in range(5))
+
+def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
+    def build(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return wrap(module, mode, bucket_size_mb=0.5, ordered=ordered), torch.optim.AdamW(module.parameters(), lr=1e-3)
+    model, _, sent = train_toy(ranks, num_micro_batches, build)
     parameters = [parameter.detach() for parameter in model.module.parameters()]
     events = [event for event, _ in getattr(model, "events", [])]
     messages = events.count("sent") or {"naive": len(parameters) + 1, "flat": 1}.get(mode)
     early = "".join(events).rpartition("ready")[0].count("sent")
-    return {"parameters": parameters, "sent": min(sent), "messages": messages, "early": early}
+    return {"parameters": parameters, "sent": sent, "messages": messages, "early": early}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
     parser.add_argument("--world_size", type=int, default=2, choices=(2, 4), help="number of processes (default 2)")
     parser.add_argument("--ordered", action="store_true", help="add in rank order: same bits at any world size")
     world_size, ordered = vars(parser.parse_args(argv)).values()
-
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
-    for name, *by_rank in zip(COLLECTIVES, *run_ranks(_demo_collectives, world_size)):
-        formula, measured = bytes_sent_per_rank(name, 4 * 2**20, world_size), by_rank[0][1]
-        numbers = " | ".join(" ".join(f"{number:g}" for number in numbers) for numbers, _ in by_rank)
+    by_rank = run_ranks(_demo_collectives, world_size)
+    for name, (_, measured) in by_rank[0].items():
+        numbers = " | ".join(" ".join(f"{number:g}" for number in result[name][0]) for result in by_rank)
+        formula = bytes_sent_per_rank(name, 4 * 2**20, world_size)
         print(f"{name:16}{formula / 1e6:8.2f}{measured / 1e6:10.2f}   {numbers}")
-
     [alone] = run_ranks(_demo_training, 1, world_size, "naive", ordered)
     num_bytes = sum(parameter.nbytes for parameter in alone["parameters"])
     formula = bytes_sent_per_rank("all_reduce", num_bytes, world_size)

@@ -27,12 +27,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ddp import DDPNaive, Ranks, all_reduce_sum, get_rank, get_world_size, measure_bytes_sent  # isort: skip
-from ddp import run_ranks, start_all_gather, start_reduce_scatter, wrap  # isort: skip
+from ddp import DDPNaive, Ranks, all_reduce_sum, gather_objects, get_rank, get_world_size  # isort: skip
+from ddp import run_ranks, start_all_gather, start_reduce_scatter, train_toy, wrap  # isort: skip
 
 # --- 1. Where the bytes go ---
 def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, float]]:
@@ -43,7 +42,7 @@ def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, fl
     whole = {"parameters": 4.0 * num_parameters, "gradients": 4.0 * num_parameters, "state": 8.0 * num_parameters}
     sharded = {"none": (), "zero1": ("state",), "zero2": ("gradients", "state"), "fsdp": tuple(whole)}
     return {stage: {part: size / (world_size if part in parts else 1) for part, size in whole.items()}
-            for stage, parts in sharded.items()}  # fmt: skip
+            for stage, parts in sharded.items()}
 
 def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What this rank holds at this moment. Storages are counted, not tensors: a view holds nothing of its own, but
@@ -132,10 +131,9 @@ class Unit:
     They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it: W
     messages for all of them, and no copies, as the whole parameters are views into the buffer. (There is one for each
     kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed."""
-
     @torch.no_grad()
     def __init__(self, parameters: list[nn.Parameter], load: list[int], whole: set[nn.Parameter],
-                 dtype: torch.dtype | None = None, keep: bool = True) -> None:  # fmt: skip
+                 dtype: torch.dtype | None = None, keep: bool = True) -> None:
         if len(load) == 1:
             warnings.warn("there is one process, so nothing is sharded: start several with torchrun", stacklevel=3)
         self.parameters, self.keep, self.in_backward = parameters, keep, False
@@ -189,15 +187,14 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
     """Send each rank its rows of this rank's gradients; what is returned waits for the mean of the own rows."""
     shards, used = [p.shard for p in parameters], [p.grad is not None for p in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flags = torch.tensor(used, dtype=gradients[0].dtype, device=gradients[0].device)
+    flags = gradients[0].new_tensor(used)
     messages = [torch.cat([*(rows_of(g, s.owners, rank).reshape(-1) for s, g in zip(shards, gradients)), flags])
-                for rank in range(get_world_size())]  # fmt: skip
+                for rank in range(get_world_size())]
     for p in parameters:
         p.grad = None
     # added in the shards' dtype and divided after the sum: bit for bit the mean of accumulated micro-batches
     mean = torch.empty_like(messages[get_rank()], dtype=shards[0].dtype)
     finish_scatter = start_reduce_scatter(messages, mean)
-
     def finish() -> None:
         finish_scatter()
         mean.mul_(1 / get_world_size())
@@ -209,10 +206,6 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
                 average = average.view_as(shard)
                 shard.grad = average if shard.grad is None else shard.grad.add_(average)
     return finish
-
-def owners_of(p: Tensor) -> Owners:
-    """A parameter that is not a shard is owned whole by everyone."""
-    return getattr(p, "owners", [(0, max([1, *p.shape[:1]]))] * get_world_size())
 
 def whole_of(rows: Tensor, p: Tensor) -> Tensor:
     """On every rank the whole tensor of which each holds its rows: of parameter p, or of something of its shape."""
@@ -226,24 +219,23 @@ def whole_of(rows: Tensor, p: Tensor) -> Tensor:
 
 def part_of(whole: Tensor, p: Tensor) -> Tensor:
     """The inverse: a copy of what this rank keeps of a whole tensor of p's shape."""
-    if not hasattr(p, "full_tensor"):
-        return rows_of(whole, owners_of(p)).clone()
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
+    return (rows_of(whole, p.owners) if hasattr(p, "owners") else whole).clone()
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
     What has the parameter's shape is put together, one tensor at a time, so that no device needs room for all. Of the
     rest, such as a step count, the first owner's is taken: the ranks exchange notes of what they have."""
+    optimizer = getattr(optimizer, "local", optimizer)
     held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
     notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
-             for p, state in held]  # fmt: skip
-    everyones: list[Any] = [notes] * get_world_size()
-    if get_world_size() > 1:
-        dist.all_gather_object(everyones, notes)
+             for p, state in held]
+    everyones = gather_objects(notes)
     result: dict[int, dict[str, Any]] = {}
     for index, (p, state) in enumerate(held):
-        for name, value in everyones[first_owner(owners_of(p))][index].items():
+        for name, value in everyones[first_owner(getattr(p, "owners", []))][index].items():
             if isinstance(value, torch.dtype):
                 value = whole_of(state[name] if name in state else torch.empty_like(p, dtype=value), p).cpu()
             if get_rank() == 0:
@@ -254,8 +246,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]
     """The inverse, at any world size: every rank passes the whole state dict, and its part of it is taken."""
     mine: dict[int, dict[str, Any]] = {}
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        first, end = owners_of(p)[get_rank()]
-        for name, value in whole["state"].get(index, {}).items() if first < end else ():
+        for name, value in whole["state"].get(index, {}).items() if p.numel() else ():
             is_rows = isinstance(value, Tensor) and value.shape == getattr(p, "whole_shape", p.shape)
             mine.setdefault(index, {})[name] = part_of(value, p) if is_rows else value
     optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
@@ -265,10 +256,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode.
     Inside is an ordinary optimizer, `local`, over this rank's rows. Its step changes these, in the parameters' buffer,
     and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank."""
-
     def __init__(self, params: Iterable, optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any) -> None:
-        self.make, self.load = partial(optimizer_cls, **kwargs), [0] * get_world_size()
-        self.units: list[Unit] = []
+        self.make, self.load, self.units = partial(optimizer_cls, **kwargs), [0] * get_world_size(), []
         super().__init__(params, self.make([{"params": []}]).defaults)
         self.local = self.make(self._shard(self.param_groups))
 
@@ -305,7 +294,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """A state dict of optimizer_cls, whole on rank 0 and without "state" elsewhere. All ranks must call it."""
-        return {**super().state_dict(), "state": whole_optimizer_state(self.local)}
+        return {**super().state_dict(), "state": whole_optimizer_state(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a whole state dict, saved at any world size, or by optimizer_cls alone. Every rank passes the same."""
@@ -330,11 +319,10 @@ class FSDP(DDPNaive):
     compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
     whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync()
     says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same."""
-
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None, *, keep: bool = False,
-                 whole: Iterable[nn.Parameter] = ()) -> None:  # fmt: skip
+                 whole: Iterable[nn.Parameter] = ()) -> None:
         super().__init__(module)
-        self.compute_dtype, self.keep, self.accumulating, self.is_pending = compute_dtype, keep, False, False
+        self.compute_dtype, self.keep, self.accumulating = compute_dtype, keep, False
         self.units: list[Unit] = []  # the first is the root: what no block holds alone
         self.reduced: list[Unit] = []
         self.in_flight: list[Callable[[], None]] = []
@@ -361,16 +349,15 @@ class FSDP(DDPNaive):
             owner._parameters[name] = p if whole else p.shard
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self.is_pending and not self.accumulating:
-            raise RuntimeError("finish_gradient_synchronization() was not called after the last backward pass")
-        self.finish_gradient_synchronization()  # of the micro-batch before
+        if self.accumulating:
+            self.finish_gradient_synchronization()  # of the micro-batch before
         for unit in self.units if not (self.keep and self.accumulating) else ():
             unit.free()  # an optimizer may have stepped
         self.accumulating = not self.synchronizing and torch.is_grad_enabled()
         if (dtype := self.compute_dtype) is not None:
             cast = partial(tree_map_only, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
             inputs, kwargs = cast(inputs), cast(kwargs)
-        return self.module(*inputs, **kwargs)
+        return super().forward(*inputs, **kwargs)
 
     def _before(self, unit: Unit) -> None:
         unit.start_gather()
@@ -432,23 +419,20 @@ class FSDP(DDPNaive):
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
 
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
-          compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:  # fmt: skip
+          compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:
     """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups. zero1 and
     torch_zero1 leave the module as it is: its gradients are for ddp.py to reduce. The other modes wrap it."""
-    if mode not in MODES:
-        raise ValueError(f"--shard_opt {mode} is not known: choose one of {', '.join(MODES)}")
+    assert mode in MODES, f"{mode} is none of {MODES}"
     mode = mode if get_world_size() > 1 else mode.removeprefix("torch_")  # torch's need a process group
     groups, make = make_groups(module), partial(optimizer_cls, **kwargs)
     if mode == "zero1":
         return module, ShardedOptimizer(groups, optimizer_cls, **kwargs)
     if mode == "torch_zero1":
         from torch.distributed.optim import ZeroRedundancyOptimizer
-
         return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
     whole = owned_whole(make, groups)
     if mode == "torch_fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         if whole:
             raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
         wrapped = DDPNaive(module)
@@ -483,15 +467,13 @@ def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer: speaks on rank 0 only
         optimizer.consolidate_state_dict(to=0)
         optimizer_state = optimizer.state_dict() if is_first else {}
-    elif isinstance(optimizer, ShardedOptimizer):
-        optimizer_state = optimizer.state_dict()
     else:
-        optimizer_state = {**optimizer.state_dict(), "state": whole_optimizer_state(optimizer)}
+        optimizer_state = {**torch.optim.Optimizer.state_dict(optimizer), "state": whole_optimizer_state(optimizer)}
     return (model_state, optimizer_state) if is_first else ({}, {})
 
 @torch.no_grad()
 def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any],
-                          optimizer_state: dict[str, Any]) -> None:  # fmt: skip
+                          optimizer_state: dict[str, Any]) -> None:
     """The inverse, at any world size and in any mode, whichever wrote them: every rank passes the whole dicts."""
     mine = getattr(module, "module", module).state_dict(keep_vars=True)
     for name, p in mine.items():
@@ -504,28 +486,16 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
 
 # --- 7. Two processes against one ---
 def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
-    """Three steps on batches of num_slices slices: what this rank held and sent in a step, and what came out."""
+    """What this rank held and sent in a step, and what came out."""
     warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    layers = [layer for _ in range(8) for layer in (nn.Linear(300, 300), nn.GELU())]
-    module: nn.Module = nn.Sequential(nn.Embedding(1000, 300), *layers, nn.Linear(300, 1000))
-    optimizer: Any = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    if mode != "none":
+    held: dict[str, int] = {}
+    def build(module: nn.Module) -> tuple[nn.Module, Any]:
+        if mode == "none":
+            return wrap(module, "bucketed"), torch.optim.AdamW(module.parameters(), lr=1e-3)
         module, optimizer = shard(module, mode, lambda m: [{"params": [*m.parameters()]}], torch.optim.AdamW, lr=1e-3)
-    module = module if mode.endswith(("zero2", "fsdp")) else wrap(module, "bucketed")
-    result: dict[str, Any] = {}
-
-    def step(number: int) -> None:
-        optimizer.zero_grad()
-        for index in range(ranks.rank, num_slices, ranks.world_size):
-            inputs, targets = torch.randint(1000, (2, 50), generator=torch.Generator().manual_seed(10 * number + index))
-            loss = nn.functional.cross_entropy(module(inputs), targets)
-            (loss * ranks.world_size / num_slices).backward()
-        module.finish_gradient_synchronization()
-        result.update(bytes_held(module, optimizer))
-        optimizer.step()
-    result["sent"] = min(measure_bytes_sent(partial(step, number)) for number in range(3))
-    return {**result, "model": full_state_dicts(module, optimizer)[0]}
+        return module if mode.endswith(("zero2", "fsdp")) else wrap(module, "bucketed"), optimizer
+    model, optimizer, sent = train_toy(ranks, num_slices, build, lambda *pair: held.update(bytes_held(*pair)))
+    return {**held, "sent": sent, "model": full_state_dicts(model, optimizer)[0]}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Sharded training on this CPU: every stage against one process.")
@@ -540,7 +510,7 @@ def main(argv: list[str] | None = None) -> None:
         by_rank = run_ranks(_demo, world_size, mode, world_size)
         formulas = table[mode.removeprefix("torch_")]
         held = "".join(f"{max(r[part] for r in by_rank) / 1e6:8.2f} ({size / 1e6:5.2f})"
-                       for part, size in formulas.items())  # fmt: skip
+                       for part, size in formulas.items())
         difference = max((tensor - by_rank[0]["model"][name]).abs().max().item() for name, tensor in alone.items())
         print(f"{mode:12}{held}{by_rank[0]['sent'] / 1e6:10.2f}{difference:16.1e}")
 

@@ -32,8 +32,8 @@ from ddp import (  # noqa: E402
     MODES,
     Ranks,
     barrier,
-    broadcast_object,
     bytes_sent_per_rank,
+    gather_objects,
     measure_bytes_sent,
     run_ranks,
     start_all_reduce,
@@ -52,7 +52,7 @@ def rank_all_reduce(ranks: Ranks, sizes_mb: list[float]) -> list[float]:
         tensor = torch.ones(max(1, int(megabytes * 2**20 / 4)))
         seconds, spent = [], 0.0
         # rank 0 decides when there are enough, about a second's worth: all ranks must take part equally often
-        while broadcast_object(len(seconds) < 5 or (spent < 1.0 and len(seconds) < 100)):
+        while gather_objects(len(seconds) < 5 or (spent < 1.0 and len(seconds) < 100))[0]:
             barrier("a measurement")
             start = time.perf_counter()
             start_all_reduce(tensor)()

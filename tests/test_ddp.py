@@ -171,7 +171,7 @@ def test_one_process_needs_no_group(mode):
         loss_of(model, 0, 1).backward()
         model.finish_gradient_synchronization()
     assert_same(gradients_of(model.module), gradients_of(plain), mode)
-    assert ddp.all_reduce_sum(2.5) == 2.5 and ddp.broadcast_object([1]) == [1], "collectives of one are identities"
+    assert ddp.all_reduce_sum(2.5) == 2.5 and ddp.gather_objects([1]) == [[1]], "collectives of one are identities"
     assert ddp.on_rank_0(lambda: 3, "nothing") == 3, "on_rank_0 alone returns the result"
     assert ddp.token_loss_scale(7) == 1 / 7, "alone the scale is 1 / tokens"
     ddp.barrier("nobody")
@@ -258,9 +258,6 @@ def test_plan_buckets():
     assert sizes([0.5, 0.5, 0.5, 1, 1, 1], 2) == [2, 2, 2], "a first bucket of 1 MB, then 2 MB"
     assert sizes([3, 0.25, 0.25, 3, 0.5], 1) == [1, 2, 1, 1], "larger than a bucket: alone"
     assert sizes([0.1] * 3, 1, [torch.float32, torch.float16, torch.float32]) == [1, 1, 1], "one dtype a bucket"
-    for wrong in (0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="must be positive"):
-            ddp.plan_buckets([nn.Parameter(torch.empty(1))], wrong)
 
 
 def rank_bytes(ranks, mode):
@@ -368,7 +365,7 @@ def test_other_model():
 
 def test_wrap_refuses():
     """Unknown modes, ordered sums asked of torch, and a model with nothing to train are refused in a sentence."""
-    with pytest.raises(ValueError, match="choose one of naive, flat"):
+    with pytest.raises(AssertionError, match="fast is none of .'naive', 'flat'"):
         ddp.wrap(nn.Linear(2, 2), "fast")
     with pytest.raises(ValueError, match="rank order"):
         ddp.wrap(nn.Linear(2, 2), "torch", ordered=True)
@@ -390,7 +387,7 @@ def rank_collectives(ranks):
     counted = ddp.all_reduce_sum(2**53 / 8 + ranks.rank)
     return {
         "mine": mine, "ordered": ordered, "share": share, "total": total, "counted": counted,
-        "object": ddp.broadcast_object({"name": f"run-{ranks.rank}"}, 1),
+        "objects": ddp.gather_objects({"name": f"run-{ranks.rank}"}),
     }  # fmt: skip
 
 
@@ -406,7 +403,7 @@ def test_collectives(world_size):
         assert torch.equal(result["share"], expected.tensor_split(world_size)[rank]), f"reduce-scatter, rank {rank}"
         torch.testing.assert_close(result["total"], expected)
         assert result["counted"] == world_size * 2**53 / 8 + sum(range(world_size)), "a float's sum was rounded"
-        assert result["object"] == {"name": "run-1"}, f"{result['object']} is not rank 1's object"
+        assert result["objects"] == [{"name": f"run-{rank}"} for rank in range(world_size)], f"{result['objects']}"
 
 
 def uneven_batch():
@@ -795,7 +792,7 @@ def test_zigzag_balances_the_work(monkeypatch):
         pairs = ddp.ContextParallel(4, zigzag=zigzag).pairs_per_rank(torch.arange(1000 * 8))
         assert sum(pairs) == 8000 * 8001 // 2, "the ranks together compute every pair below the diagonal"
         assert least <= max(pairs) / (sum(pairs) / 4) <= most, pairs
-    with pytest.raises(ValueError, match="do not divide into teams of 3"):
+    with pytest.raises(AssertionError, match="do not divide into teams of 3"):
         ddp.ContextParallel(3)
-    with pytest.raises(ValueError, match="100 tokens do not divide into 2 x 4 chunks: take a multiple of 8"):
+    with pytest.raises(AssertionError, match="100 tokens do not divide into 8 chunks"):
         ddp.ContextParallel(4).split(torch.zeros(2, 100))
