@@ -15,12 +15,14 @@ sum x, the residual stream, is the only road between them.
     in millions     projections       attention             ffn            head           total
     baseline               8.39            2.10           16.52           10.24           37.24
 
-Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head dimension, C d_model, F d_ff, V vocab_size.
+Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head dimension, C d_model, F d_ff, V vocab_size,
+N tokens, E experts, K experts of a token.
 
-    1. Configuration and presets                                       5. The cache for decoding
-    2. The functions: softmax, silu, attention by its definition       6. Self-attention, block, language model
-    3. The layers: linear, embedding, norm, feed-forward, rotary       7. What it costs: parameters, FLOPs, memory
-    4. Attention faster, and for packed documents                      8. Command line
+    1. Configuration and presets                                       6. The cache for decoding
+    2. The functions: softmax, silu, attention by its definition       7. Self-attention, block, language model
+    3. The layers: linear, embedding, norm, feed-forward, rotary       8. What it costs: parameters, FLOPs, memory
+    4. A mixture of experts                                            9. Command line
+    5. Attention faster, and for packed documents
 """
 
 import argparse
@@ -60,6 +62,12 @@ class ModelConfig:
     tie_embeddings: bool = option(False, "one matrix for token embeddings and output head")
     attention: str = option("auto", "who computes attention", ("auto", "naive", "sdpa", "flash"))
     doc_mask: bool = option(False, "a token sees its own document only, in which positions start at 0")
+    num_experts: int = option(0, "feed-forward networks of width d_ff of which each token takes a few (0: one for all)")
+    experts_per_token: int = option(2, "experts that a token takes")
+    shared_experts: int = option(0, "experts beside them that every token takes")
+    moe_every: int = option(1, "every n-th block has experts, the others one network")
+    balance: str = option("loss", "what keeps experts busy: a loss, or a bias on the choice", ("loss", "bias", "none"))
+    balance_rate: float | None = option(None, "weight of that loss or step of that bias (none: 0.01, 0.001)")
     checkpoint_activations: bool = option(False, "keep only each block's input, compute the rest again in the backward")
 
     def __post_init__(self) -> None:
@@ -81,6 +89,13 @@ class ModelConfig:
             raise ValueError(f"d_model / num_heads is {self.head_dim}: pos rope turns pairs, so it must be even")
         if not (self.rope_theta > 0 and 0 <= self.dropout < 1):
             raise ValueError(f"rope_theta {self.rope_theta} must be above 0, dropout {self.dropout} in [0, 1)")
+        if self.balance_rate is None:
+            self.balance_rate = 0.001 if self.balance == "bias" else 0.01
+        if self.num_experts and not (self.ffn == "swiglu" and 1 <= self.experts_per_token <= self.num_experts > 1
+                                     and 1 <= self.moe_every <= self.num_layers and self.shared_experts >= 0):
+            raise ValueError(f"num_experts {self.num_experts} must be 0 or more than 1, ffn swiglu, experts_per_token "
+                             "1 to num_experts, moe_every 1 to num_layers, shared_experts at least 0")
+        self.num_moe_layers = self.num_layers // self.moe_every if self.num_experts else 0
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
@@ -236,7 +251,75 @@ class RotaryPositionalEmbedding(nn.Module):
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))  # (..., T, D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)  # (..., T, D)
 
-# --- 4. Attention faster, and for packed documents ---
+# --- 4. A mixture of experts ---
+def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The definition: each expert's SwiGLU of the tokens that chose it, times their gates, added up.
+    x (N, C), chosen and gates (N, K), w1 and w3 (E, F, C), w2 (E, C, F). Returns (N, C)."""
+    out = torch.zeros_like(x)  # (N, C)
+    for expert in range(len(w1)):
+        token, place = (chosen == expert).nonzero(as_tuple=True)  # who took it, and as which of K choices
+        y = (silu(x[token] @ w1[expert].T) * (x[token] @ w3[expert].T)) @ w2[expert].T  # (tokens, C)
+        out = out.index_add(0, token, (y * gates[token, place, None]).to(x.dtype))  # (N, C)
+    return out
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (M, C), E groups of rows of which number e ends before row ends[e], each times its weight (E, F, C)^T: (M, F).
+    One call for all groups; in bfloat16 on a GPU also one kernel, which reads `ends` where they are."""
+    if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    if x.element_size() <= 4 and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
+        return F.grouped_mm(x, weight.mT, offs=ends)  # (M, F)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()  # float64 and odd widths, which it does not take
+    return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight)])  # (M, F)
+
+def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The same, faster: sorted by expert, the N K choices are E runs of rows, of any length; no choice is dropped."""
+    num_tokens, k = chosen.shape
+    by_expert, order = chosen.flatten().sort(stable=True)  # (N K,): place in the sorted rows -> choice
+    ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=x.device), right=True, out_int32=True)  # (E,)
+    # subtle: x[order // K] would be shorter, but its backward adds up K rows, on CUDA in no fixed order. Copied first,
+    # rows are only permuted, and so are their gradients.
+    rows = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)  # (N K, C)
+    inner = silu(grouped_product(rows, w1, ends)) * grouped_product(rows, w3, ends)  # (N K, F)
+    y = grouped_product(inner, w2, ends).index_select(0, order.argsort()).view(num_tokens, k, -1)  # (N, K, C)
+    return (gates[:, None].to(y.dtype) @ y).squeeze(1)  # (N, 1, K) @ (N, K, C) -> (N, C)
+
+class MixtureOfExperts(nn.Module):
+    """E SwiGLUs, of which a router picks K for each token: parameters grow with E, work with K (Shazeer et al. 2017).
+
+        p = softmax(router x)      y = sum over the K greatest p_e of  p_e / (their sum) * expert_e(x)
+
+    Left alone, a router feeds the experts that learn first. What balances it is a loss, E sum_e (e's share of choices)
+    (mean p_e), which is 1 when all shares are equal ("Switch Transformers", equation 4); or a bias on p that decides
+    the choice and not the gate, and steps up where fewer tokens came (Wang et al. 2024). At -inf it switches off."""
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, c, f = config.num_experts, config.d_model, config.d_ff
+        self.num_experts, self.k, std = e, config.experts_per_token, math.sqrt(2 / (c + f))
+        self.router = Linear(c, e, std=1 / math.sqrt(c))
+        self.w1, self.w2, self.w3 = (truncated_normal(e, *size, std=std) for size in ((f, c), (c, f), (f, c)))
+        self.shared = SwiGLU(c, config.shared_experts * f) if config.shared_experts else None
+        self.register_buffer("bias", torch.zeros(e))
+        self.mix, self.balance_loss = mix_sorted, None
+        self.counts = self.step_counts = 0.0  # become tensors (E + 1,): choices of each expert, sum of entropies
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)  # (N, C)
+        with torch.autocast(x.device.type, enabled=False):  # logits of few digits would swap near-equal experts
+            p = torch.softmax(tokens.float() @ self.router.weight.float().T, dim=-1)  # (N, E)
+        chosen = (p + self.bias).topk(self.k, dim=-1).indices  # (N, K)
+        gates = p.gather(1, chosen)  # (N, K)
+        if self.k > 1:  # subtle: one gate divided by itself is 1, and would teach the router nothing
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        load = F.one_hot(chosen, self.num_experts).sum(dim=(0, 1))  # (E,)
+        balance_loss = self.num_experts * (load / chosen.numel() * p.mean(dim=0)).sum()
+        counts = torch.cat((load, torch.special.entr(p.detach()).sum()[None]))  # (E + 1,)
+        if self.balance_loss is None:  # subtle: in a step a checkpointed block comes here twice
+            self.balance_loss, self.step_counts = balance_loss, self.step_counts + counts
+        y = self.mix(tokens, chosen, gates, self.w1, self.w2, self.w3).view_as(x)  # (..., C)
+        return y if self.shared is None else y + self.shared(x)
+
+# --- 5. Attention faster, and for packed documents ---
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
@@ -284,7 +367,7 @@ def document_places(token_ids: Tensor, end_of_text_id: int, is_padding: Tensor |
         segment_ids = segment_ids.masked_fill(is_padding, PADDING_SEGMENT_ID)  # (B, T)
     return {"positions": positions_in_segments(segment_ids), "segment_ids": segment_ids}
 
-# --- 5. The cache for decoding ---
+# --- 6. The cache for decoding ---
 class KVCache:
     """Keys and values of the tokens already read, so that the next token costs one token's work instead of all: under
     the causal mask nothing that a token computed changes later, and of it later tokens need only its keys and values.
@@ -326,7 +409,7 @@ class KVCache:
         keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k.detach(), v.detach()
         return attention(q, keys, values)  # (B, H, T, D)
 
-# --- 6. Self-attention, block, language model ---
+# --- 7. Self-attention, block, language model ---
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
     With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: so much smaller is the
@@ -356,11 +439,12 @@ class MultiHeadSelfAttention(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
-    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None) -> None:
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None, moe: bool = False) -> None:
         super().__init__()
         c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
         self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
-        self.ffn = SwiGLU(c, f) if config.ffn == "swiglu" else FeedForward(c, f, config.ffn)
+        dense = SwiGLU if config.ffn == "swiglu" else partial(FeedForward, activation=config.ffn)
+        self.ffn = MixtureOfExperts(config) if moe else dense(c, f)
         self.ln1, self.ln2 = (RMSNorm(c) if config.norm != "none" else nn.Identity() for _ in range(2))
         self.dropout = nn.Dropout(config.dropout)
         self.post_norm = config.norm == "post"
@@ -383,7 +467,9 @@ class TransformerLM(nn.Module):
         sizes = (config.rope_theta, config.head_dim, config.context_length)
         rope = RotaryPositionalEmbedding(*sizes) if config.pos == "rope" else None  # one table serves all layers
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        moe = [config.num_experts > 0 and (layer + 1) % config.moe_every == 0 for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(TransformerBlock(config, rope, here) for here in moe)
+        self.moe = {layer: block.ffn for layer, block in enumerate(self.layers) if moe[layer]}
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()  # post: a block ends in one
         # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, a first loss
         # of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
@@ -426,6 +512,8 @@ class TransformerLM(nn.Module):
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
+        for moe in self.moe.values():
+            moe.balance_loss = None
         for layer, block in enumerate(self.layers):
             arguments = (x, positions, attend if cache is None else partial(cache.attend, layer, attend))
             again = self.config.checkpoint_activations and torch.is_grad_enabled()
@@ -438,18 +526,48 @@ class TransformerLM(nn.Module):
         x = self.forward_hidden(token_ids, **places)  # (B, T, C)
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
+    def auxiliary_loss(self) -> Tensor | float:
+        """What balancing adds to the loss of the last forward pass; 0 without experts, or without that balance."""
+        experts = self.moe.values() if self.config.balance == "loss" else ()
+        return self.config.balance_rate * sum(moe.balance_loss for moe in experts)
+
+    @torch.no_grad()
+    def update_router_biases(self, total: Callable = lambda counts: counts) -> None:
+        """After an optimizer step: experts that got fewer tokens in it than the mean become easier to choose. `total`
+        adds up the counts of several processes, here and below."""
+        for moe in self.moe.values() if self.config.balance == "bias" else ():
+            load = total(moe.step_counts)[:-1]  # (E,)
+            moe.bias += self.config.balance_rate * torch.sign(load.mean() - load)
+            moe.counts, moe.step_counts = moe.counts + moe.step_counts, 0.0
+
+    def router_statistics(self, total: Callable = lambda counts: counts) -> list[dict]:
+        """Per layer with experts, over the tokens since the last call: the experts' shares of the choices; a token's
+        uncertainty, from 0 to 1 (entropy of p over log E); how far the fullest expert is above the mean (0: not)."""
+        rows = []
+        for layer, moe in self.moe.items():
+            if not isinstance(moe.counts + moe.step_counts, Tensor):
+                continue  # nothing was counted since
+            *load, entropy = total(moe.counts + moe.step_counts).tolist()
+            entropy *= moe.k / sum(load) / math.log(moe.num_experts)
+            rows.append({"layer": layer, "load": [number / sum(load) for number in load], "entropy": entropy,
+                         "violation": max(load) * moe.num_experts / sum(load) - 1})
+            moe.counts = moe.step_counts = 0.0
+        return rows
+
 # --- 7. What it costs: parameters, FLOPs, memory ---
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters by part; the sum of the values is the model's.
+def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int]:
+    """Number of parameters by part; the sum of the values is the model's. active: of those that one token passes.
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
-    c, kv_width = config.d_model, config.num_kv_heads * config.head_dim
+    c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, config.num_moe_layers
+    experts = config.shared_experts + (config.experts_per_token if active else config.num_experts)
+    networks = config.num_layers - num_moe + num_moe * experts
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
     return {
         "embeddings": config.vocab_size * c,
         "attention": config.num_layers * (2 * c * c + 2 * c * kv_width),  # q and output, k and v
-        "ffn": config.num_layers * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff,
+        "ffn": networks * (3 if config.ffn == "swiglu" else 2) * c * config.d_ff + num_moe * config.num_experts * c,
         "norms": norms_of_width_c * c + config.num_layers * 2 * config.head_dim * config.qk_norm,
         "head": 0 if config.tie_embeddings else config.vocab_size * c,
     }
@@ -461,7 +579,7 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
     {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
     """
-    context_length, parameters = context_length or config.context_length, count_parameters(config)
+    context_length, parameters = context_length or config.context_length, count_parameters(config, active=True)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
         "attention": config.num_layers * 2 * 2 * context_length * config.d_model,  # q k^T, and weights times v
@@ -486,18 +604,21 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
         attention += 2 * (c + kv_width) + config.num_heads + config.num_kv_heads
     # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
+    # K experts: their rows before and after; gates, their sum, p; choices, order and its inverse in int64.
+    k, num_moe = config.experts_per_token, config.num_moe_layers
+    moe = (k + config.shared_experts) * ffn + 2 * k * c + 2 * k + 1 + config.num_experts + 6 * k
     # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
     stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
-    activations = layers * (attention + ffn) + stream
+    activations = layers * attention + (layers - num_moe) * ffn + num_moe * moe + stream
     if config.checkpoint_activations:  # the inputs of all blocks, and one block at a time in full
-        activations = layers * c + attention + ffn + stream * 3 / (2 * layers + 1)
+        activations = layers * c + attention + (moe if num_moe else ffn) + stream * 3 / (2 * layers + 1)
     return {
         "parameters": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
         "activations": round(4 * tokens * activations),
         "loss": 4 * (tokens * c + config.vocab_size * c + min(chunk, tokens) * config.vocab_size),
     }
 
-# --- 8. Command line ---
+# --- 9. Command line ---
 def show(names: list[str], batch_size: int, context_length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
     accounts = {

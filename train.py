@@ -46,7 +46,7 @@ from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
 from model import document_places, flops_per_token, make_attention, option, training_memory
 from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
-from shard_opt import full_state_dicts, load_full_state_dicts, shard
+from shard_opt import full_state_dicts, load_full_state_dicts, memory_table, shard
 
 # --- 1. The loss ---
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -201,10 +201,11 @@ class Muon(AdamW):
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes. Muon
-    takes the matrices inside the blocks; rows of embedding and head are looked up one by one: AdamW's."""
+    takes the matrices inside the blocks; rows of embedding, head and router stand each for itself: AdamW's."""
     hidden, others, gains = [], [], []
     for name, p in model.named_parameters():
-        (gains if p.ndim < 2 else hidden if muon and name.startswith("layers.") else others).append(p)
+        inside = muon and name.startswith("layers.") and "router" not in name
+        (gains if p.ndim < 2 else hidden if inside else others).append(p)
     groups = [{"params": hidden, "weight_decay": weight_decay, "muon": True},
               {"params": others, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -238,19 +239,13 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
     return norm
 
 # --- 4. Batches ---
-def num_starts(tokens: np.ndarray, context_length: int) -> int:
-    """How many windows of context_length tokens and one more the corpus holds."""
-    if len(tokens) <= context_length:
-        raise UserError(f"the text's {len(tokens):,} tokens are fewer than one window: lower --context_length")
-    return len(tokens) - context_length
-
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
               rng: np.random.Generator | None = None, rows: slice = slice(None), starts: Sequence[int] = ()
               ) -> tuple[Tensor, Tensor]:
     """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
     Starts 0 ... n - T - 1 are equally likely, or those in `starts`, if any. All batch_size starts are drawn from `rng`,
     then `rows` of them are read: ranks draw the same starts and each reads its share, from a memory map perhaps."""
-    choices = len(starts) or num_starts(tokens, context_length)
+    choices = len(starts) or len(tokens) - context_length
     chosen = (rng or np.random.default_rng()).integers(choices, size=batch_size)[rows]
     chosen = starts[chosen] if len(starts) else chosen
     windows = np.stack([tokens[start : start + context_length + 1] for start in chosen])  # (B, T + 1)
@@ -421,7 +416,9 @@ def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str
     step, text = line["step"], f"step {line['step']:{max(len(str(max_steps)), 5)}}/{max_steps}   "
     if "val_loss" not in line:
         left = (max_steps / step - 1) * line["tokens"] / line["tokens_per_second"]
-        return text + (f"loss {line['train_loss']:7.4f}   lr {line['lr']:.2e}   norm {line['grad_norm']:6.3f}   "
+        worst = max((layer["violation"] for layer in line.get("experts", ())), default=None)  # replaces the known lr
+        lr = f"lr {line['lr']:.2e}" if worst is None else f"violation {worst:.2f}"
+        return text + (f"loss {line['train_loss']:7.4f}   {lr}   norm {line['grad_norm']:6.3f}   "
                        f"{line['tokens_per_second']:7,.0f} tokens/s   {clock(left):>5} left")
     loss, bits = line["val_loss"], line["val_bits_per_byte"]
     perplexity = math.exp(min(loss, 700))
@@ -596,10 +593,17 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     flops = 3 * sum(flops_per_token(model_config).values())  # backward costs twice the forward
     a = torch.ones(1024, 1024, device=device)
     rate = 2 * 1024**3 / sorted(timeit.repeat(lambda: (a @ a).sum().item(), number=1, repeat=5))[2]  # FLOP/s
-    say(f"parameters        {sum(count_parameters(model_config).values()):>18,}")
+    parameters, active = (sum(count_parameters(model_config, active=active).values()) for active in (False, True))
+    say(f"parameters        {parameters:>18,}" + f"  of which a token passes {active:,}" * (active < parameters))
     say(f"FLOPs per token   {flops:>18,.0f}  forward and backward")
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
+    rest = memory["activations"] + memory["loss"]  # each device has its own sequences
+    for mode in memory_table(parameters, 1):
+        sizes = {2**n: rest + sum(memory_table(parameters, 2**n)[mode].values()) for n in range(13)}
+        enough = next((f"{n:,}" for n, size in sizes.items() if size <= room), "no number")
+        say(f"devices           {enough:>18}  of {room / 2**30:.0f} GiB with --shard_opt {mode}")
     num_tokens = config.max_steps * (tokens_per_step := config.batch_size * model_config.context_length)
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
     say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of a float32 matrix product's "
@@ -697,8 +701,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
     by_document = special_tokens and data.dataset in ("stories", "arithmetic")
-    possible = train_tokens[: num_starts(train_tokens, length)]
-    starts = np.flatnonzero(possible == end_of_text_id) if by_document else ()
+    if len(train_tokens) <= length:
+        raise UserError(f"the text's {len(train_tokens):,} tokens are fewer than one window: lower --context_length")
+    starts = np.flatnonzero(train_tokens[:-length] == end_of_text_id) if by_document else ()
     question_end = tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None
     validation = ValidationSet(val_tokens, tokenizer, context_length=length, batch_size=max(1, 8192 // length),
                                max_tokens=config.eval_tokens, by_document=by_document, question_end=question_end)
@@ -764,8 +769,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if place.profile:
         config.max_steps, profiler = 8, torch.profiler.profile()
     def tell(values: dict) -> None:
-        seconds = time.perf_counter() - started
-        line = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds, **values}
+        line = {"step": step, "tokens": step * tokens_per_step, "seconds": time.perf_counter() - started, **values}
+        if experts := model.router_statistics(all_reduce_sum):
+            line["experts"] = experts
         say(progress_line(line, config.max_steps, validation.floor))
         if log is not None:
             log.write(line)
@@ -779,6 +785,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         fresh = recording and step != resumed_at  # what a run has just read of a checkpoint was scored when it wrote it
         if fresh and (step % config.eval_interval == 0 or last):
             model.attention = None  # without gradients each rank has room for whole sequences
+            model.router_statistics()  # of training, forgotten: what is told next is of the validation text
             tell(evaluate(module, validation, device, autocast, ranks, places_of))
             model.attention = spread
         if fresh and (last or stopping or (step and step % config.save_interval == 0)):
@@ -824,8 +831,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 with span("forward"), autocast():
                     micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
                     micro_loss = micro_loss / config.grad_accum_steps
+                    balancing = model.auxiliary_loss() / config.grad_accum_steps  # 0 without experts
                 with span("backward"):
-                    scaler.scale(micro_loss).backward()
+                    scaler.scale(micro_loss + balancing).backward()
             losses.append(micro_loss.detach())
         with span("gradients of the others"):
             module.finish_gradient_synchronization()
@@ -843,6 +851,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         with span("optimizer"):
             scaler.step(optimizer)
             scaler.update()
+            model.update_router_biases(all_reduce_sum)
         if profiler and step == 3:  # the first steps are slower than all others
             profiler.start()
 

@@ -17,6 +17,7 @@ from model import (
     FeedForward,
     KVCache,
     Linear,
+    MixtureOfExperts,
     ModelConfig,
     MultiHeadSelfAttention,
     RMSNorm,
@@ -28,6 +29,8 @@ from model import (
     flops_per_token,
     main,
     make_attention,
+    mix_by_loop,
+    mix_sorted,
     scaled_dot_product_attention,
     silu,
     softmax,
@@ -542,14 +545,141 @@ def test_cache_for_another_batch():
     with pytest.raises(ValueError, match="made for 3 rows and got 2"):
         model(random_tokens(2, 5), cache=KVCache(model.config, 3))
 
-@pytest.mark.parametrize("switches", [dict(), dict(dropout=0.3)], ids=str)
+# --- a mixture of experts ---
+
+EXPERTS = dict(num_experts=5, experts_per_token=2)
+
+@pytest.mark.parametrize("switches", [dict(), dict(shared_experts=2), dict(experts_per_token=1), dict(d_ff=75),
+                                      dict(experts_per_token=5, moe_every=3, norm="post")], ids=str)
+def test_sorted_experts_equal_the_loop(switches):
+    """The sorted mixture gives the loop's logits and gradients, with torch's grouped product and (d_ff 75) without,
+    also when an expert gets nothing; and it costs the FLOPs of the experts taken."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, ids, results = small_model(**(EXPERTS | switches), attention="naive").train(), random_tokens(3, 31), []
+    if model.config.experts_per_token < 5:
+        model.moe[2].bias[1] = -torch.inf
+    for mix in (mix_sorted, mix_by_loop):
+        for moe in model.moe.values():
+            moe.mix = mix
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            logits = model(ids)
+        (logits.cos().mean() + model.auxiliary_loss()).backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    assert counter.get_total_flops() == 3 * 31 * sum(flops_per_token(model.config, 31).values())
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    assert all(p.grad.abs().max() > 0 for p in model.parameters()), "every weight learns, the router among them"
+
+def test_equal_experts_are_the_dense_network():
+    """Experts with the dense network's weights give its output, whichever K of them are chosen."""
+    for k in (2, 3, 5):
+        config = ModelConfig(**(SMALL | EXPERTS | dict(experts_per_token=k)))
+        moe, dense, x = MixtureOfExperts(config), SwiGLU(60, 76), torch.randn(2, 9, 60)
+        with torch.no_grad():
+            for name in ("w1", "w2", "w3"):
+                getattr(moe, name).copy_(getattr(dense, name).weight.expand(5, -1, -1))
+        torch.testing.assert_close(moe(x), dense(x), atol=1e-5, rtol=1e-4)
+
+def test_auxiliary_loss():
+    """The loss is E sum f P: 1 per layer when balanced, E when all goes to one; weighted, and absent on request."""
+    model = small_model(**EXPERTS, balance_rate=0.5).train()
+    with torch.no_grad():
+        for moe in model.moe.values():
+            moe.router.weight.zero_()
+    model(random_tokens(2, 9))
+    assert model.auxiliary_loss().item() == pytest.approx(0.5 * 3 * 1.0, abs=1e-6), "equal p: 1 whatever is chosen"
+    moe = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=1))))
+    with torch.no_grad():
+        moe.router.weight[3] = 1.0
+        moe(torch.ones(1, 8, 60))
+    assert moe.balance_loss.item() == pytest.approx(5), "everything on one of five experts"
+    for switches in (dict(), EXPERTS | dict(balance="none"), EXPERTS | dict(balance="bias")):
+        model = small_model(**switches)
+        model(random_tokens(2, 9))
+        assert model.auxiliary_loss() == 0.0, switches
+
+def test_router_statistics_count_tokens():
+    """Load, entropy and violation equal a count of the choices; recomputed blocks count once; evaluation repeats."""
+    for checkpoint_activations in (False, True):
+        model, seen = small_model(**EXPERTS, checkpoint_activations=checkpoint_activations).train(), []
+        ids = [random_tokens(2, 9), random_tokens(3, 17)]
+        model.layers[1].ln2.register_forward_hook(lambda module, inputs, y, seen=seen: seen.append(y.detach()))
+        for batch in ids:
+            (model(batch).sum() + model.auxiliary_loss()).backward()
+        x = torch.cat([y.flatten(0, 1) for y in seen[:: 1 + checkpoint_activations]])
+        p = torch.softmax(x @ model.layers[1].ffn.router.weight.T, dim=-1)
+        counts = torch.bincount(p.topk(2).indices.flatten(), minlength=5).double()
+        row = model.router_statistics(lambda counts: 2 * counts)[1]  # as if two processes had counted the same
+        assert row["layer"] == 1 and row["load"] == pytest.approx((counts / counts.sum()).tolist())
+        assert row["violation"] == pytest.approx((counts.max() / counts.mean() - 1).item())
+        assert row["entropy"] == pytest.approx(((-p * p.log()).sum(-1).mean() / math.log(5)).item(), rel=1e-5)
+        assert torch.equal(model.eval()(ids[0]), model(ids[0])), "evaluation is deterministic"
+        assert model.router_statistics()[0]["load"] != row["load"], "counted anew"
+
+def test_biases_move_the_load():
+    """With balance "bias" a router that feeds two experts only comes to feed all; the gates ignore the biases."""
+    model = small_model(**EXPERTS, num_layers=1, balance="bias", balance_rate=0.01).train()
+    ids, moe = random_tokens(8, 40), model.layers[0].ffn
+    model.layers[0].ln2.register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.no_grad():
+        moe.router.weight[3:] += 0.02  # times 60 ones: every token's logits of experts 3 and 4 are 1.2 higher
+    violations = []
+    for step in range(101):
+        with torch.no_grad():
+            model(ids)
+        if step in (0, 100):
+            violations.append(model.router_statistics()[0]["violation"])
+            model(ids)
+        model.update_router_biases()
+    assert violations[0] > 0.4 and violations[1] < violations[0] / 4, f"before and after: {violations}"
+    assert "layers.0.ffn.bias" in model.state_dict()
+    everyone = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=5))))
+    x = torch.randn(7, 60)
+    expected = everyone(x)
+    everyone.bias.copy_(torch.randn(5))
+    torch.testing.assert_close(everyone(x), expected)
+
+def test_an_expert_switched_off():
+    """No token reaches an expert with a bias of -inf, others take over, and a bias of 0 brings the old output back."""
+    model, ids = small_model(**EXPERTS), random_tokens(4, 41)
+    with torch.no_grad():
+        before = model(ids)
+        model.router_statistics()
+        model.moe[1].bias[3] = -torch.inf
+        without = model(ids)
+        loads = [row["load"] for row in model.router_statistics()]
+        assert loads[1][3] == 0 and sum(loads[1]) == pytest.approx(1) and loads[0][3] > 0
+        assert (without - before).abs().max() > 1e-3
+        model.moe[1].bias[3] = 0
+        assert torch.equal(model(ids), before)
+
+def test_the_router_computes_in_float32():
+    """Under autocast and in a model of half precision the gates come from float32 logits."""
+    model, kinds = small_model(**EXPERTS), []
+    for moe in model.moe.values():
+        moe.mix = lambda x, chosen, gates, *w: kinds.append(gates.dtype) or mix_sorted(x, chosen, gates, *w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(random_tokens(2, 9)).dtype == torch.bfloat16
+    model.bfloat16()(random_tokens(2, 9))
+    assert set(kinds) == {torch.float32} and len(kinds) == 6, f"gates are {kinds}"
+
+def test_cached_decoding_with_experts():
+    """With the cache each token takes the experts that it takes when everything is recomputed."""
+    model, ids, cache = small_model(**EXPERTS), random_tokens(2, 20), KVCache(ModelConfig(**SMALL), 2)
+    with torch.no_grad():
+        got = [model(piece, cache=cache) for piece in ids.split([11] + [1] * 9, dim=1)]
+        torch.testing.assert_close(torch.cat(got, dim=1), model(ids), atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize("switches", [dict(), EXPERTS, dict(dropout=0.3)], ids=str)
 def test_checkpointed_activations_change_nothing_but_memory(switches):
     """Computing activations twice gives the same bits, loss and gradients, dropout included; far less is kept."""
     ids, results, kept = random_tokens(3, 29), [], []
     for checkpoint_activations in (False, True):
         torch.manual_seed(1)
         model = small_model(**switches, checkpoint_activations=checkpoint_activations).train()
-        loss = model(ids).square().mean()
+        loss = model(ids).square().mean() + model.auxiliary_loss()
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
         kept.append(bytes_saved_by_autograd(model, ids))
@@ -578,6 +708,11 @@ def test_checkpointed_activations_change_nothing_but_memory(switches):
         (dict(attention="fast"), "auto, naive, sdpa, flash"),
         (dict(dropout=1.0), "dropout 1.0"),
         (dict(rope_theta=0.0), "rope_theta 0.0"),
+        (dict(num_experts=4, experts_per_token=5), "experts_per_token 1 to num_experts"),
+        (dict(num_experts=4, moe_every=5), "moe_every 1 to num_layers"),
+        (dict(num_experts=-1), "num_experts -1"),
+        (dict(num_experts=4, ffn="relu"), "ffn swiglu"),
+        (dict(num_experts=4, shared_experts=-1), "shared_experts"),
     ],
 )
 def test_mistakes_in_the_configuration(mistake, words):
@@ -665,6 +800,8 @@ def bytes_saved_by_autograd(model: TransformerLM, ids: torch.Tensor, **options) 
         dict(num_kv_heads=6),
         dict(attention="naive"),
         dict(attention="naive", num_kv_heads=6),
+        dict(num_experts=5),
+        dict(num_experts=7, experts_per_token=3, shared_experts=1, moe_every=2, norm="post"),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ import torch
 import bpe
 import train
 from bpe import Tokenizer, UserError, load_tokens, prepare, story_nats
-from ddp import Ranks
+from ddp import Ranks, run_ranks
 from model import ModelConfig, TransformerLM
 from train import (
     AdamW,
@@ -243,8 +243,8 @@ def test_ranks_read_disjoint_rows_of_one_batch():
     assert torch.equal(torch.cat([read(slice(0, 4)), read(slice(4, 8))]), read(slice(None)))
 
 def test_batches_from_too_little():
-    """A corpus shorter than a window is one sentence; a device that is not there is an error, not a fallback."""
-    with pytest.raises(UserError, match="fewer than one window"):
+    """A corpus shorter than a window is an error; so is a device that is not there, not a fallback."""
+    with pytest.raises(ValueError):
         get_batch(np.arange(5, dtype=np.uint16), 2, 5, "cpu")
     with pytest.raises((RuntimeError, AssertionError)):
         get_batch(np.arange(50, dtype=np.uint16), 2, 5, "no_such_device")
@@ -660,13 +660,31 @@ def test_report_of_runs(corpus, tmp_path, capsys):
     picture = train.plot_runs([tmp_path / "slow", tmp_path / "quick"], tmp_path / "runs.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_experts_are_logged(corpus, tmp_path, balance):
+    """A mixture of experts logs each layer's load, entropy and worst violation, of the training and of the validation
+    text, and resumes to the bit."""
+    options = ("--num_experts=4", f"--balance={balance}", "--optimizer=muon")
+    train.main(flags(corpus, tmp_path / "whole", *options))
+    lines = read_log(tmp_path / "whole" / "cats-1" / "log.jsonl")
+    for line in lines:
+        assert [layer["layer"] for layer in line["experts"]] == [0, 1]
+        for layer in line["experts"]:
+            assert sum(layer["load"]) == pytest.approx(1) and max(layer["load"]) * 4 - 1 == pytest.approx(
+                layer["violation"], abs=1e-6) and 0 < layer["entropy"] <= 1, layer
+    assert "violation" in train.progress_line(lines[1], 10)
+    train.main(flags(corpus, tmp_path / "parts", *options))
+    (tmp_path / "parts" / "cats-1" / "checkpoint_00000010.pt").unlink()
+    train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
+    assert_equal_runs(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+
 def test_profile(corpus, tmp_path, capsys):
     """--profile times forward, backward and optimizer, writes a trace with these names, and leaves no run."""
     train.main(flags(corpus, tmp_path, "--profile"))
     out = capsys.readouterr().out
     trace = json.loads((tmp_path / "trace_0.json").read_text(encoding="utf-8"))
     named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-    for part in ("forward", "backward", "optimizer"):
+    for part in ("forward", "backward", "gradients of the others", "optimizer"):
         assert re.search(rf"^{part} +\d+\.\d ms a step$", out, re.M), out
         assert named.count(part) == 5, f"{part} is {named.count(part)} times in the trace"
     assert not (tmp_path / "cats-1").exists()
@@ -765,6 +783,39 @@ def test_shards_of_every_kind(corpus, tmp_path):
         assert latest_checkpoint(folder).stem.endswith(str(step)), f"{mode} left {latest_checkpoint(folder)}"
     assert_equal_runs(final_state(tmp_path / "many"), final_state(tmp_path / "one"))
     assert losses(tmp_path / "many") == losses(tmp_path / "one")
+
+def train_in_group(ranks: Ranks, runs: list[list[str]]) -> None:
+    """Several runs, one after the other, by the processes of one group."""
+    for argv in runs:
+        typed = vars(train.build_parser().parse_args(argv))
+        train.train(typed, train.Place(**train.fields_of(train.Place, typed)), ranks, lambda *args: None)
+
+def test_experts_on_two_processes(corpus, tmp_path):
+    """With experts, two processes have the losses and loads of one with two micro-batches: to the bit under bucketed,
+    zero1 and fsdp (here with checkpointed activations), to rounding in context parallelism; and the same biases."""
+    options = ("--num_experts=4", "--grad_clip=100", "--log_interval=2", "--max_steps=6")
+    modes = {"loss": {"loss-bucketed": ["--ddp=bucketed"],
+                      "loss-fsdp": ["--shard_opt=fsdp", "--checkpoint_activations"]},
+             "bias": {"bias-zero1": ["--ddp=bucketed", "--shard_opt=zero1"],
+                      "bias-context": ["--ddp=bucketed", "--context_parallel=2"]}}
+
+    def argv(balance: str, name: str, *more: str) -> list[str]:
+        return flags(corpus, tmp_path, *options, f"--balance={balance}", f"--run_name={name}", *more)
+
+    def told(name: str) -> list[dict]:
+        return [line for line in read_log(tmp_path / name / "log.jsonl") if "train_loss" in line]
+
+    run_ranks(train_in_group, 2, [argv(b, name, *more) for b, runs in modes.items() for name, more in runs.items()])
+    for balance in modes:
+        on_one_thread(argv(balance, balance, "--grad_accum_steps=2"))
+        expected = final_state(tmp_path, balance)["model"]["layers.1.ffn.bias"]
+        assert (expected.abs().max() > 0) == (balance == "bias"), f"{balance}: biases {expected}"
+        for name in modes[balance]:
+            assert torch.equal(final_state(tmp_path, name)["model"]["layers.1.ffn.bias"], expected), name
+            for line, alone in zip(told(name), told(balance), strict=True):
+                tolerance = 1e-5 if name == "bias-context" else 0
+                assert line["train_loss"] == pytest.approx(alone["train_loss"], abs=tolerance, rel=0), name
+                assert [layer["load"] for layer in line["experts"]] == [layer["load"] for layer in alone["experts"]]
 
 def test_what_does_not_go_together_is_one_sentence(corpus, tmp_path):
     """Muon with torch_fsdp is refused in one sentence with exit code 2, without a traceback."""
