@@ -55,11 +55,7 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
     through NCCL, CPUs through gloo. Raises ValueError for a wrong setting, ConnectionError if the ranks do not meet."""
     if "RANK" not in os.environ:
         return Ranks()
-    try:
-        ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"RANK is set, but not all of torchrun's variables ({error}): start with torchrun") from None
+    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"several processes work on cpu or cuda, not on {device_type}: add --device cpu")
     if device_type == "cuda":
@@ -77,6 +73,7 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         reason = _reason(error)
         if "EADDRINUSE" in reason or "already in use" in reason:
             reason = "another program uses that port, choose another with --master-port"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(f"rank {ranks.rank} of {ranks.world_size} could not join the others at {address} in "
                               f"{timeout_s:g} s: {reason}") from error
     return ranks
@@ -124,7 +121,7 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
     store, rank = _store(), get_rank()
     # each rank counts its own calls, in the store: the n-th call here belongs to the n-th call there
     key = f"on_rank_0/{store.add(f'on_rank_0/calls_of_rank_{rank}', 1)}"
-    result = None
+    result, looks = None, itertools.count(1)
     if rank == 0:
         try:
             result = work()
@@ -132,7 +129,6 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
             store.set(key, _reason(error))
             raise
         store.set(key, "done")
-    looks = itertools.count(1)
     while not store.check([key]):
         if next(looks) == 10:
             print(f"rank {rank} waits for rank 0: {description}", file=sys.stderr, flush=True)
@@ -168,9 +164,8 @@ def _reason(error: BaseException) -> str:
 
 def explain_failure(error: BaseException) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
-    A rank with an error of its own leaves the reason in the store before it goes. The others see a closed connection or
-    a timeout, and look there: for a reason, for ranks that finished early, and for silent ones: killed (torchrun then
-    says which one), hanging, or still waiting."""
+    A rank with an error of its own leaves the reason in the store. The others see a closed connection or a timeout, and
+    look there: for a reason, for ranks that finished early, and for silent ones (of killed ones torchrun tells)."""
     reason = _reason(error)
     if get_world_size() == 1:
         return reason
@@ -202,8 +197,7 @@ def explain_failure(error: BaseException) -> str:
 # Started now, finished later: each start_ function returns at once with a function that waits for the end. Between the
 # two the tensors belong to the network. Without a process group all of them leave things as they are.
 def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
-    """Replace `tensor` by its sum over the ranks, on every rank, in place. The library chooses the order of the
-    additions: any order gives the same bits on two ranks, but not on four."""
+    """Replace `tensor` by its sum over the ranks, added in any order: the same bits on two ranks, but not on four."""
     return dist.all_reduce(tensor, async_op=True).wait if get_world_size() > 1 else lambda: None
 
 def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.ProcessGroup | None = None
@@ -244,17 +238,15 @@ def all_reduce_sum(value: Tensor | float) -> Tensor | float:
     """The sum of `value` over the ranks: a new tensor for a tensor, a float, added in float64, for a number."""
     if get_world_size() == 1:
         return value
-    if not isinstance(value, Tensor):
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
-    total = value.detach().clone()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    is_number = not isinstance(value, Tensor)
+    total = torch.tensor(value, dtype=torch.float64, device=device) if is_number else value.detach().clone()
     dist.all_reduce(total)
-    return total
+    return total.item() if is_number else total
 
 def token_loss_scale(num_tokens: int) -> float:
-    """What each rank multiplies its *summed* loss by, so that averaged gradients are those of the mean over tokens:
-    where ranks hold different numbers of them (padding, ignored targets), the mean of their means is not the mean.
-    num_tokens counts this rank's tokens in all micro-batches of the step."""
+    """What each rank multiplies its *summed* loss by, for the gradients of the mean over all tokens. Where ranks hold
+    unequally many, the mean of means is another. num_tokens: this rank's, in all micro-batches of a step."""
     total_tokens = all_reduce_sum(float(num_tokens))
     if total_tokens == 0:
         raise ValueError("no rank has a token to learn from in this batch: every target is ignored")
@@ -270,8 +262,7 @@ def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> flo
 
 def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
-    Other programs' bytes are in it too, so take the least of several measurements. Only rank 0's answer counts: it
-    starts counting before it lets the others go."""
+    Other programs' bytes are in it: take the least of several. Rank 0's answer counts: it begins before the others."""
     def count() -> float:
         lines = Path("/proc/net/dev").read_text().splitlines() if Path("/proc/net/dev").exists() else []
         return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), math.nan)
@@ -294,8 +285,7 @@ def copy_rank_0(module: nn.Module) -> None:
         for expected, found in itertools.zip_longest(everyones[0], theirs, fillvalue="nothing"):
             if expected != found:
                 raise ValueError(f"rank {rank} has another model than rank 0: {found} instead of {expected}")
-    works = [dist.broadcast(t.detach(), 0, async_op=True) for _, t in tensors] if len(everyones) > 1 else []
-    for work in works:
+    for work in [dist.broadcast(t.detach(), 0, async_op=True) for _, t in tensors if len(everyones) > 1]:
         work.wait()
 
 # --- 5. Naive: one message per gradient, after the backward pass ---
@@ -318,8 +308,7 @@ class DDPNaive(nn.Module):
         self.synchronizing, self.is_pending = True, False  # pending: messages are under way
         # last layer first, as gradients arrive; parameters() gives a tied weight once
         self.trainable = [p for p in reversed(list(module.parameters())) if p.requires_grad]
-        if not self.trainable:
-            raise ValueError("the model has no parameter that requires a gradient: there is nothing to synchronize")
+        assert self.trainable, "the model has no parameter that requires a gradient"
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.is_pending:
@@ -347,8 +336,7 @@ class DDPNaive(nn.Module):
         self.start_sum(num_users)()
         for parameter, users in zip(self.trainable, num_users.tolist()):
             if users > 0:
-                # dividing before the sum, as torch does, and not after it: a sum of fp16 gradients could overflow. Both
-                # are exact when world_size is a power of two
+                # divided before the sum, as torch does: a sum in fp16 could overflow (exact for 2, 4, 8, ... ranks)
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = gradient.contiguous().mul_(1 / self.world_size)
                 self.start_sum(parameter.grad)()
@@ -385,8 +373,7 @@ class DDPIndividual(DDPNaive):
         self.messages: list[Tensor] = []
         self.place_of: dict[nn.Parameter, tuple[int, int, Tensor]] = {}  # index, number of its message, its view there
         for number, group in enumerate(self.groups):
-            sizes = [parameter.numel() for parameter in group]
-            sizes.append(len(self.trainable) if group is self.groups[-1] else 0)
+            sizes = [*(parameter.numel() for parameter in group), len(self.trainable) * (group is self.groups[-1])]
             self.messages.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
             *views, self.flags = self.messages[-1].split(sizes)
             for parameter, view in zip(group, views):
@@ -395,10 +382,8 @@ class DDPIndividual(DDPNaive):
         self._start_step()
 
     def _start_step(self) -> None:
-        self.is_pending = False
-        self.num_missing = [len(group) for group in self.groups]
+        self.is_pending, self.num_missing = False, [len(group) for group in self.groups]
         self.ready: set[nn.Parameter] = set()
-        self.unused: list[nn.Parameter] = []  # by this rank
         self.in_flight: list[Callable[[], Any]] = []
         self.flags.fill_(1)
 
@@ -415,7 +400,6 @@ class DDPIndividual(DDPNaive):
         self.is_pending = True
         index, number, view = self.place_of[parameter]
         if parameter.grad is None:
-            self.unused.append(parameter)
             self.flags[index] = 0
             view.zero_()
         else:
@@ -429,16 +413,16 @@ class DDPIndividual(DDPNaive):
             self.in_flight.append(self.start_sum(self.messages[following]))
 
     def _average(self) -> None:
-        for parameter in self.trainable:
-            if parameter not in self.ready:
-                self._on_gradient(parameter)
+        late = [parameter for parameter in self.trainable if parameter not in self.ready]
+        unused_here = [parameter for parameter in late if parameter.grad is None]
+        for parameter in late:
+            self._on_gradient(parameter)
         for finish in self.in_flight:
             finish()
-        if self.unused:  # else the flags are not read: a GPU would have to be waited for
-            num_users = self.flags.tolist()
-            for parameter in self.unused:
-                if num_users[self.place_of[parameter][0]] == 0:
-                    parameter.grad = None
+        num_users = self.flags.tolist() if unused_here else []  # not read in vain: a GPU would have to be waited for
+        for parameter in unused_here:
+            if num_users[self.place_of[parameter][0]] == 0:
+                parameter.grad = None
         self._start_step()
 
 # --- 8. Bucketed: few messages, during the backward pass ---
@@ -448,8 +432,7 @@ def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[
     buckets: list[list[nn.Parameter]] = [[]]
     free_bytes = min(bucket_size_mb, 1.0) * 2**20
     for p in parameters:
-        last = buckets[-1]
-        if last and (p.nbytes > free_bytes or (p.dtype, p.device) != (last[0].dtype, last[0].device)):
+        if (last := buckets[-1]) and (p.nbytes > free_bytes or (p.dtype, p.device) != (last[0].dtype, last[0].device)):
             buckets.append([])
             free_bytes = bucket_size_mb * 2**20
         buckets[-1].append(p)
@@ -459,8 +442,7 @@ def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[
 class DDPBucketed(DDPIndividual):
     """Larger groups: few messages, as in DDPFlat, and under way early, as in DDPIndividual.
     How large? With s bytes in all, a network of w bytes/s and a fixed cost of o seconds per message, n buckets leave
-    the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes
-    (measured by tests/bench_ddp.py)."""
+    the last one's transfer uncovered and cost n overheads: s/(n*w) + n*o, least for buckets of sqrt(s*w*o) bytes."""
     def __init__(self, module: nn.Module, bucket_size_mb: float = 25.0, *, ordered: bool = False) -> None:
         super().__init__(module, ordered=ordered, plan=lambda trainable: plan_buckets(trainable, bucket_size_mb))
 
@@ -475,12 +457,10 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
     assert mode in MODES, f"{mode} is none of {MODES}"
     if mode == "torch" and ordered:
         raise ValueError("torch's DistributedDataParallel cannot add in rank order: choose another --ddp mode")
-    if mode == "naive" or get_world_size() == 1:  # alone it does nothing; torch's refuses to work alone
-        return DDPNaive(module, ordered=ordered)
-    if mode == "bucketed":
-        return DDPBucketed(module, bucket_size_mb, ordered=ordered)
-    if mode != "torch":
-        return {"flat": DDPFlat, "individual": DDPIndividual}[mode](module, ordered=ordered)
+    ours = {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual,
+            "bucketed": partial(DDPBucketed, bucket_size_mb=bucket_size_mb)}
+    if mode in ours or get_world_size() == 1:  # alone the naive one does nothing; torch's refuses
+        return ours[mode if get_world_size() > 1 else "naive"](module, ordered=ordered)
     copy_rank_0(module)
     wrapped = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
                                                   find_unused_parameters=find_unused_parameters)
@@ -519,13 +499,12 @@ class ContextParallel:
     The loss is each rank's mean over its tokens, equally many everywhere: the average over all ranks, which any --ddp
     mode takes of the gradients, is that of the mean over all tokens. zigzag=False takes chunks 2r and 2r+1."""
     def __init__(self, size: int, *, zigzag: bool = True) -> None:
-        world_size = get_world_size()
-        assert world_size % size == 0, f"{world_size} processes do not divide into teams of {size}"
+        assert get_world_size() % size == 0, f"{get_world_size()} processes do not divide into teams of {size}"
         self.size, (self.team, self.index) = size, divmod(get_rank(), size)
         self.order = zigzag_order(size) if zigzag else list(range(2 * size))
         self.chunks = self.order[2 * self.index : 2 * self.index + 2]  # this rank's
         # subtle: every rank takes part in the making of every group, its own or not
-        teams = [dist.new_group(range(r, r + size)) for r in range(0, world_size, size) if size > 1]
+        teams = [dist.new_group(range(r, r + size)) for r in range(0, get_world_size(), size) if size > 1]
         self.group = teams[self.team] if teams else None
 
     def split(self, x: Tensor, dim: int = -1) -> Tensor:
@@ -535,8 +514,7 @@ class ContextParallel:
 
     def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
               ) -> list[Tensor | None]:
-        """Split a batch: tensors (B, T), then positions and segment ids, numbered over the whole sequence and kept:
-        whole, they belong to the keys."""
+        """Split a batch: tensors (B, T), then positions and segment ids, also kept whole: they belong to the keys."""
         if positions is None:
             positions = torch.arange(tokens[0].shape[-1], device=tokens[0].device)  # (T,)
         self.positions, self.segment_ids = positions, segment_ids
@@ -586,11 +564,10 @@ class _GatherSequence(torch.autograd.Function):
 
 # --- 11. Running it: two processes against one ---
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Run function(ranks, *args) in world_size new processes on this machine (torchrun does it for whole programs), and
-    return their results in rank order: tensors, numbers, strings, lists and dicts of these. The function is found by
-    its name. When a rank fails, the others are ended, and torch.multiprocessing's exception says which one and why."""
-    # a forkserver imports torch once and forks every rank from there: 0.1 s instead of 3 s for two of them; _dynamo,
-    # which the first optimizer imports, is the slow part of torch
+    """Run function(ranks, *args) in world_size new processes, as torchrun does with whole programs. Returns the results
+    by rank: tensors, numbers, strings, lists and dicts of these. When a rank fails, the others are ended, and
+    torch.multiprocessing's exception says which one and why."""
+    # a forkserver imports torch (and _dynamo, its slow part) once and forks every rank: 0.1 s instead of 3 s for two
     method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
     if method == "forkserver":
         torch.multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])

@@ -14,16 +14,18 @@ An optimizer that treats rows apart then computes the same bits on smaller param
     torchrun --standalone --nproc-per-node 2 train.py --ddp bucketed --shard_opt zero1
     torchrun --standalone --nproc-per-node 2 train.py --shard_opt fsdp
 
-    1. Where the bytes go      3. Exchanging rows                           5. ZeRO-2 and FSDP: gradients, parameters
-    2. Who owns what           4. ZeRO-1: each rank steps its own rows      6. One switch, clipping, checkpoints
-                                                                            7. Two processes against one
+    1. Where the bytes go      4. ZeRO-1: each rank steps its own rows        7. Checkpoints: whole, or in shards
+    2. Who owns what           5. ZeRO-2 and FSDP: gradients, parameters      8. Two processes against one
+    3. Exchanging rows         6. One switch for all of them, and clipping
 """
 
 import argparse
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,6 @@ def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     keeps alive all that it looks into."""
     optimizer = getattr(optimizer, "local", getattr(optimizer, "optim", optimizer))  # inside ours, inside torch's
     parameters = [*module.parameters(), *(p for unit in getattr(module, "units", ()) for p in unit.parameters)]
-
     def count(tensors: Iterable[Any]) -> int:
         storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors if isinstance(t, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -70,7 +71,6 @@ def first_owner(owners: Owners) -> int:
 def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     """Lay the tensors end to end and cut between rows, so that all ranks own equally many numbers.
     `load` is what each rank owns already, and is brought up to date: who has more of that gets less of this.
-
     >>> cut_rows([torch.Size([3, 4]), torch.Size([5, 4])], [0, 0])
     [[(0, 3), (3, 3)], [(0, 1), (1, 5)]]
     """
@@ -97,9 +97,8 @@ def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     return result
 
 def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group: dict[str, Any]) -> bool:
-    """Whether make([group]) moves two blocks of rows as it moves the matrix that they make up: tried out. Adam does.
-    Muon does not (singular values are the whole matrix's), nor Adafactor (it keeps means over columns): cut by rows
-    they would run, and be wrong."""
+    """Whether make([group]) moves two blocks of rows as it moves their matrix: tried out. Adam does. Muon (a singular
+    value is the whole matrix's) and Adafactor (means over columns) do not: cut by rows they would run, and be wrong."""
     matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
     matrix = matrix.to(group["params"][0].device)
     results = []
@@ -113,8 +112,7 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
             try:
                 optimizer.step()
             except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"this optimizer cannot be sharded, it fails on a trial matrix: {reason}") from None
+                raise ValueError(f"this optimizer cannot be sharded, it fails on a trial matrix: {error}") from None
         results.append(torch.cat([p.detach() for p in parameters]))
     whole, in_blocks = results
     # not to the last bit: fused kernels round a tensor's last few numbers in another way
@@ -224,10 +222,10 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
         return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
     return (rows_of(whole, p.owners) if hasattr(p, "owners") else whole).clone()
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, tensors: bool = True) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
-    What has the parameter's shape is put together, one tensor at a time, so that no device needs room for all. Of the
-    rest, such as a step count, the first owner's is taken: the ranks exchange notes of what they have."""
+    Tensors of the parameter's shape are put together (or else only their dtypes are told), one at a time, so that no
+    device needs room for all. Of the rest, such as a step count, the first owner's is taken."""
     optimizer = getattr(optimizer, "local", optimizer)
     held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
     notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
@@ -236,7 +234,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[st
     result: dict[int, dict[str, Any]] = {}
     for index, (p, state) in enumerate(held):
         for name, value in everyones[first_owner(getattr(p, "owners", []))][index].items():
-            if isinstance(value, torch.dtype):
+            if isinstance(value, torch.dtype) and tensors:
                 value = whole_of(state[name] if name in state else torch.empty_like(p, dtype=value), p).cpu()
             if get_rank() == 0:
                 result.setdefault(index, {})[name] = value
@@ -244,11 +242,17 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[st
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
     """The inverse, at any world size: every rank passes the whole state dict, and its part of it is taken."""
+    if hasattr(optimizer, "local"):
+        torch.optim.Optimizer.load_state_dict(optimizer, {**whole, "state": {}})
+        optimizer = optimizer.local
     mine: dict[int, dict[str, Any]] = {}
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name, value in whole["state"].get(index, {}).items() if p.numel() else ():
-            is_rows = isinstance(value, Tensor) and value.shape == getattr(p, "whole_shape", p.shape)
-            mine.setdefault(index, {})[name] = part_of(value, p) if is_rows else value
+            if isinstance(value, torch.dtype):
+                value = torch.empty_like(p, dtype=value)  # room for load_shards
+            elif isinstance(value, Tensor) and value.shape == getattr(p, "whole_shape", p.shape):
+                value = part_of(value, p)
+            mine.setdefault(index, {})[name] = value
     optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
 
 # --- 4. ZeRO-1: each rank steps its own rows ---
@@ -275,8 +279,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the optimizer inside, then the new rows to everyone. All ranks must hold equal gradients."""
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for outer, inner in zip(self.param_groups, self.local.param_groups):
             inner.update({**outer, "params": inner["params"]})  # schedulers know the outer groups only
         sharded = [p for unit in self.units for p in unit.parameters]
@@ -298,8 +301,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a whole state dict, saved at any world size, or by optimizer_cls alone. Every rank passes the same."""
-        super().load_state_dict({**state_dict, "state": {}})
-        load_optimizer_state(self.local, state_dict)
+        load_optimizer_state(self, state_dict)
 
 # --- 5. ZeRO-2 and FSDP: gradients, parameters ---
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -323,9 +325,7 @@ class FSDP(DDPNaive):
                  whole: Iterable[nn.Parameter] = ()) -> None:
         super().__init__(module)
         self.compute_dtype, self.keep, self.accumulating = compute_dtype, keep, False
-        self.units: list[Unit] = []  # the first is the root: what no block holds alone
-        self.reduced: list[Unit] = []
-        self.in_flight: list[Callable[[], None]] = []
+        self.units, self.reduced, self.in_flight = [], [], []  # the first unit is the root: what no block holds alone
         places = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
         home: dict[nn.Parameter, nn.Module | None] = {}
         for block in dict.fromkeys(blocks_of(module)):
@@ -339,9 +339,8 @@ class FSDP(DDPNaive):
             unit.free()
             self._expose(unit, whole=False)
             self.units.append(unit)
-            (block or module).register_forward_pre_hook(lambda *_, unit=unit: self._before(unit))
-            after = lambda *args, unit=unit: self._after(unit, args[-1])  # noqa: E731
-            (block or module).register_forward_hook(after, always_call=True)
+            (block or module).register_forward_pre_hook(partial(self._before, unit))
+            (block or module).register_forward_hook(partial(self._after, unit), always_call=True)
 
     def _expose(self, unit: Unit, whole: bool) -> None:
         """Let the modules hold whole parameters, to compute, or the shards, for everyone else."""
@@ -359,14 +358,14 @@ class FSDP(DDPNaive):
             inputs, kwargs = cast(inputs), cast(kwargs)
         return super().forward(*inputs, **kwargs)
 
-    def _before(self, unit: Unit) -> None:
+    def _before(self, unit: Unit, *_: Any) -> None:
         unit.start_gather()
         if not unit.in_backward and unit is not self.units[-1]:  # in backward: a checkpoint that is computed again
             self.units[self.units.index(unit) + 1].start_gather()
         unit.finish_gather()
         self._expose(unit, whole=True)
 
-    def _after(self, unit: Unit, output: Any) -> None:
+    def _after(self, unit: Unit, module: nn.Module, inputs: Any, output: Any) -> None:
         if unit.in_backward:
             return
         self._expose(unit, whole=False)
@@ -415,7 +414,7 @@ class FSDP(DDPNaive):
         """The module's state dict with whole parameters, on every rank. All ranks must call it."""
         return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
 
-# --- 6. One switch, clipping, checkpoints ---
+# --- 6. One switch for all of them, and clipping ---
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
 
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
@@ -456,6 +455,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
         gradient.mul_(scale.to(gradient.dtype))
     return norm
 
+# --- 7. Checkpoints: whole, or in shards ---
 def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plain, whole state dicts of module and optimizer in any mode, on rank 0; ({}, {}) elsewhere. All ranks must
     call it. Names are the bare module's, and optimizer state is numbered as torch.optim does."""
@@ -477,14 +477,61 @@ def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, m
     """The inverse, at any world size and in any mode, whichever wrote them: every rank passes the whole dicts."""
     mine = getattr(module, "module", module).state_dict(keep_vars=True)
     for name, p in mine.items():
-        shape = getattr(p, "whole_shape", p.shape)
-        if name not in model_state or model_state[name].shape != shape:
+        if getattr(model_state.get(name), "shape", None) != (shape := getattr(p, "whole_shape", p.shape)):
             raise ValueError(f"the state is of another model: it has no {name} of shape {tuple(shape)}")
     for name, p in mine.items():
         p.copy_(part_of(model_state[name], p))
     load_optimizer_state(optimizer, optimizer_state)
 
-# --- 7. Two processes against one ---
+def as_piece(rows: Tensor, p: Tensor) -> Tensor:
+    """This rank's rows of a whole tensor, able to answer what torch.distributed.checkpoint asks of a part: where it
+    begins, of what size the whole is. So another number of ranks finds other rows, in whichever files they lie."""
+    from torch.distributed.checkpoint import metadata, planner
+    start = torch.Size([p.owners[get_rank()][0], *[0] * p.ndim][: p.ndim])
+    chunk = metadata.ChunkStorageMetadata(start, rows.shape)
+    data = planner.TensorWriteData(chunk, metadata.TensorProperties.create_from_tensor(rows), p.whole_shape)
+    piece, kind = rows.view_as(rows), planner.WriteItemType.SHARD
+    piece.size, piece.__create_chunk_list__ = lambda: p.whole_shape, lambda: [chunk]
+    piece.__create_write_items__ = lambda name, _: [
+        planner.WriteItem(metadata.MetadataIndex(name, start), kind, tensor_data=data)]
+    piece.__get_tensor_shard__ = lambda index: rows
+    return piece
+
+def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """"save" or "load", in place, what this rank holds. Where one rank fails, all raise its error."""
+    import torch.distributed.checkpoint as dcp
+    if hasattr(optimizer, "consolidate_state_dict"):
+        raise ValueError(f"--shard_opt torch_zero1 cannot {action} shards: take zero1")
+    held = {f"model.{name}": (p.detach(), p)
+            for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items()}
+    optimizer = getattr(optimizer, "local", optimizer)
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        held.update({f"optimizer.{index}.{name}": (value, p) for name, value in optimizer.state.get(p, {}).items()
+                     if isinstance(value, Tensor) and value.shape == p.shape})
+    pieces = {key: as_piece(part, p) if hasattr(p, "owners") else part for key, (part, p) in held.items() if p.numel()}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of one process alone
+            getattr(dcp, action)(pieces, checkpoint_id=folder, no_dist=get_world_size() == 1)
+    except dcp.CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        hint = ": remove its .pt to use the one before" * (action == "load")
+        raise OSError(f"{folder}: rank {rank} could not {action} its shard ({reason!r:.150}){hint}") from None
+
+def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[dict, dict]:
+    """Every rank writes what it holds. Returned is, on rank 0, what stands in the place of full_state_dicts' two: to be
+    written afterwards, into the file that makes the folder a checkpoint. Ranks that are killed before leave none."""
+    if get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    described = whole_optimizer_state(optimizer, tensors=False)  # for which all ranks wait for each other
+    exchange_shards("save", module, optimizer, folder)
+    return {}, {**torch.optim.Optimizer.state_dict(optimizer), "state": described}
+
+def load_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, described: dict[str, Any]) -> None:
+    """The inverse, at any world size and in any mode but torch_zero1: every rank reads no more than its own rows."""
+    load_optimizer_state(optimizer, described)
+    exchange_shards("load", module, optimizer, folder)
+
+# --- 8. Two processes against one ---
 def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     """What this rank held and sent in a step, and what came out."""
     warnings.simplefilter("ignore")

@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
 from model import document_places, flops_per_token, make_attention, option, training_memory
 from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
-from shard_opt import full_state_dicts, load_full_state_dicts, memory_table, shard
+from shard_opt import full_state_dicts, load_full_state_dicts, load_shards, memory_table, save_shards, shard
 
 # --- 1. The loss ---
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -510,6 +511,8 @@ class Place:
     ddp: str = option("none", "how processes share gradients, see ddp.py", choices=("none", *DDP_MODES))
     bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
     shard_opt: str = option("none", "who keeps which training state, see shard_opt.py", choices=("none", *SHARD_MODES))
+    checkpoint: str = option("full", "who writes a run's tensors: rank 0 all, or each process its shard (into a folder "
+                             "that all of them see)", choices=("full", "sharded"))
     ordered: bool = option(False, "add gradients in the order of the ranks: the same bits on any number of them")
     context_parallel: int = option(1, "neighbouring processes that read one sequence together, see ddp.py")
     dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
@@ -737,7 +740,10 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         module = wrap(model, mode, bucket_size_mb=place.bucket_size_mb, ordered=place.ordered)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # float16 gradients underflow
     if path:
-        load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
+        if payload["model"]:
+            load_full_state_dicts(module, optimizer, payload["model"], payload["optimizer"])
+        else:  # the tensors lie beside it
+            load_shards(module, optimizer, path.with_suffix(".shards"), payload["optimizer"])
         scaler.load_state_dict(payload["scaler"])
         torch.set_rng_state(payload["rng"])  # though every step seeds its own
     del payload  # its tensors live in the model and the optimizer now
@@ -789,17 +795,25 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             tell(evaluate(module, validation, device, autocast, ranks, places_of))
             model.attention = spread
         if fresh and (last or stopping or (step and step % config.save_interval == 0)):
-            states = full_state_dicts(module, optimizer)  # of every rank's part; whole on rank 0
-            if not all(p.isfinite().all() for p in states[0].values()):
+            parts = [getattr(p, "_local_tensor", p) for p in model.parameters()]  # this rank's
+            if all_reduce_sum(float(not all(part.isfinite().all() for part in parts))):
                 raise UserError(f"step {step}: the parameters are not finite, nothing was saved: lower --lr")
+            file = folder / f"checkpoint_{step:08d}.pt"
+            if place.checkpoint == "full":
+                states = full_state_dicts(module, optimizer)  # of every rank's part; whole on rank 0
+            else:
+                states = save_shards(module, optimizer, file.with_suffix(".shards"))
             if log is not None:
-                save_checkpoint(*states, step, folder / f"checkpoint_{step:08d}.pt", seconds=pause - started,
+                save_checkpoint(*states, step, file, seconds=pause - started,
                                  scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
                                  tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
                                  tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state(),
                                  documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
                 for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                     old.unlink()
+                for shards in folder.glob("checkpoint_*.shards"):
+                    if not shards.with_suffix(".pt").exists():  # of an old one, or of a save that was killed
+                        shutil.rmtree(shards)
             del states  # not kept while the next steps run
         told_at += time.perf_counter() - pause  # a pause is not the training's speed
         if last or stopping:
