@@ -95,7 +95,7 @@ class ModelConfig:
                                      and 1 <= self.moe_every <= self.num_layers and self.shared_experts >= 0):
             raise ValueError(f"num_experts {self.num_experts} must be 0 or more than 1, ffn swiglu, experts_per_token "
                              "1 to num_experts, moe_every 1 to num_layers, shared_experts at least 0")
-        self.num_moe_layers = self.num_layers // self.moe_every if self.num_experts else 0
+        self.moe_layers = [n for n in range(self.num_layers) if self.num_experts and (n + 1) % self.moe_every == 0]
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
 # The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
@@ -467,9 +467,9 @@ class TransformerLM(nn.Module):
         sizes = (config.rope_theta, config.head_dim, config.context_length)
         rope = RotaryPositionalEmbedding(*sizes) if config.pos == "rope" else None  # one table serves all layers
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-        moe = [config.num_experts > 0 and (layer + 1) % config.moe_every == 0 for layer in range(config.num_layers)]
-        self.layers = nn.ModuleList(TransformerBlock(config, rope, here) for here in moe)
-        self.moe = {layer: block.ffn for layer, block in enumerate(self.layers) if moe[layer]}
+        blocks = (TransformerBlock(config, rope, layer in config.moe_layers) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(blocks)
+        self.moe = {layer: self.layers[layer].ffn for layer in config.moe_layers}
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()  # post: a block ends in one
         # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, a first loss
         # of about ln V + 1/32: at any size (unlike Glorot's) the model starts by knowing nothing.
@@ -533,8 +533,7 @@ class TransformerLM(nn.Module):
 
     @torch.no_grad()
     def update_router_biases(self, total: Callable = lambda counts: counts) -> None:
-        """After an optimizer step: experts that got fewer tokens in it than the mean become easier to choose. `total`
-        adds up the counts of several processes, here and below."""
+        """After a step: experts with fewer tokens than the mean become easier to choose. total: sums over processes."""
         for moe in self.moe.values() if self.config.balance == "bias" else ():
             load = total(moe.step_counts)[:-1]  # (E,)
             moe.bias += self.config.balance_rate * torch.sign(load.mean() - load)
@@ -545,13 +544,12 @@ class TransformerLM(nn.Module):
         uncertainty, from 0 to 1 (entropy of p over log E); how far the fullest expert is above the mean (0: not)."""
         rows = []
         for layer, moe in self.moe.items():
-            if not isinstance(moe.counts + moe.step_counts, Tensor):
-                continue  # nothing was counted since
-            *load, entropy = total(moe.counts + moe.step_counts).tolist()
-            entropy *= moe.k / sum(load) / math.log(moe.num_experts)
-            rows.append({"layer": layer, "load": [number / sum(load) for number in load], "entropy": entropy,
-                         "violation": max(load) * moe.num_experts / sum(load) - 1})
-            moe.counts = moe.step_counts = 0.0
+            if isinstance(counts := moe.counts + moe.step_counts, Tensor):  # there were tokens
+                *load, entropy = total(counts).tolist()
+                entropy *= moe.k / sum(load) / math.log(moe.num_experts)
+                rows.append({"layer": layer, "load": [number / sum(load) for number in load], "entropy": entropy,
+                             "violation": max(load) * moe.num_experts / sum(load) - 1})
+                moe.counts = moe.step_counts = 0.0
         return rows
 
 # --- 7. What it costs: parameters, FLOPs, memory ---
@@ -560,7 +558,7 @@ def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
     22696448
     """
-    c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, config.num_moe_layers
+    c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, len(config.moe_layers)
     experts = config.shared_experts + (config.experts_per_token if active else config.num_experts)
     networks = config.num_layers - num_moe + num_moe * experts
     norms_of_width_c = {"pre": 2 * config.num_layers + 1, "post": 2 * config.num_layers, "none": 0}[config.norm]
@@ -605,7 +603,7 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
     # swiglu: w1 x, its sigmoid, silu, w3 x, the product; silu: the first 3; relu: its result; relu2: and its square.
     ffn = {"swiglu": 5, "silu": 3, "relu": 1, "relu2": 2}[config.ffn] * f
     # K experts: their rows before and after; gates, their sum, p; choices, order and its inverse in int64.
-    k, num_moe = config.experts_per_token, config.num_moe_layers
+    k, num_moe = config.experts_per_token, len(config.moe_layers)
     moe = (k + config.shared_experts) * ffn + 2 * k * c + 2 * k + 1 + config.num_experts + 6 * k
     # post: after the embeddings, which the first block reads without a norm. none: every sum is read as it is.
     stream = {"pre": (2 * layers + 1) * norm, "post": c + 2 * layers * norm, "none": (2 * layers + 1) * c}[config.norm]
@@ -619,14 +617,12 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
     }
 
 # --- 9. Command line ---
-def show(names: list[str], batch_size: int, context_length: int | None) -> None:
+def show(names: list[str], batch_size: int, length: int | None) -> None:
     """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
     accounts = {
         "Parameters": count_parameters,
-        "FLOPs per token of the forward pass (training: 3 times as many)":
-            partial(flops_per_token, context_length=context_length),
-        f"Bytes of a float32 training step on {batch_size} sequences":
-            partial(training_memory, batch_size=batch_size, context_length=context_length),
+        "FLOPs per token of the forward pass (training: 3 times as many)": lambda c: flops_per_token(c, length),
+        f"Bytes of a float32 training step on {batch_size} sequences": lambda c: training_memory(c, batch_size, length),
     }
     unit, digits = (1e6, 2) if len(names) > 1 else (1, 0)
     for title, account in accounts.items():

@@ -284,8 +284,6 @@ def read_checkpoint(src) -> dict:
         if not {"model", "optimizer", "iteration"} <= payload.keys():
             raise ValueError("it holds no model, optimizer and iteration")
         return payload
-    except FileNotFoundError:
-        raise UserError(f"{src}: there is no such checkpoint") from None
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it to use the one before") from error
 
@@ -371,7 +369,7 @@ class RunLog:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
         except OSError:
             raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name") from None
-        self.wandb_run = None
+        self.wandb_run = None  # ends with the process
         if to_wandb:
             import wandb
             self.wandb_run = wandb.init(project="train.py", name=folder.name)
@@ -390,8 +388,6 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.lock.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; one that is not whole (the run was killed while writing it) ends the list."""
@@ -411,8 +407,6 @@ def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str
     >>> progress_line({"step": 50, "tokens": 153_600, "train_loss": 4.2179, "lr": 3e-3, "grad_norm": 0.5123,
     ...                "tokens_per_second": 20481.7}, 680)
     'step    50/680   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:34 left'
-    >>> progress_line({"step": 600, "val_loss": 1.25, "val_bits_per_byte": 0.4}, 600, floor=0.2522)
-    'step   600/600   val  1.2500   perplexity 3.49   0.4000 bits/byte   0.2773 nats/byte, floor 0.2522'
     """
     step, text = line["step"], f"step {line['step']:{max(len(str(max_steps)), 5)}}/{max_steps}   "
     if "val_loss" not in line:
@@ -530,8 +524,8 @@ class Place:
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
 
-# What goes with a preset of model.py. `laptop` is cut to minutes on two cores; the others take the defaults above;
-# with `baseline` that is the TinyStories run of CS336 (327,680,000 tokens). The larger deserve a look at --help.
+# What goes with a preset of model.py. `laptop` is cut to minutes on two cores; the others take the defaults above:
+# with `baseline` that is the TinyStories run of CS336 (327,680,000 tokens).
 RECIPES: dict[str, dict] = {
     "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=700, log_interval=25,
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
@@ -540,13 +534,9 @@ RECIPES: dict[str, dict] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
-    can be told from what was not; --help shows the dataclass's."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str):  # one sentence for every mistake, where argparse would print all flags first
-            raise UserError(f"{message}; --help lists the flags")
-
-    parser = Parser("train.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    can be told from what was not; --help shows the dataclass's. Without a usage line a mistake is one sentence."""
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, config in (("what is trained", ModelConfig), ("how; kept by a resumed run", TrainConfig),
                           ("where, and instead of training", Place)):
         group = parser.add_argument_group(title)
@@ -638,27 +628,25 @@ def read_config(folder: Path) -> dict:
 
 def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
-    folder = None
-    if place.resume:
-        folder = Path(place.out_dir, place.run_name or "")
-        if not place.run_name:  # the run that was written to last
-            files = [latest_checkpoint(path.parent) or path for path in folder.glob("*/config.json")]
-            folder = max(files, key=lambda file: file.stat().st_mtime, default=folder / "config.json").parent
-        stored = read_config(folder)
-        place.preset, model_values, train_values = stored.get("preset"), stored["model"], stored["train"]
-        known = {**model_values, **train_values, "preset": place.preset}
-        may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("may_change")}
-        for name, value in typed.items():
-            if name in may_change:
-                train_values[name] = value
-            elif name in known and value != known[name]:
-                raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
-                                f"settings; leave the flag away, or start a new run without --resume")
-    else:
+    if not place.resume:
         place.preset = place.preset or ("baseline" if place.device.startswith("cuda") else "laptop")
-        model_values = {**PRESETS[place.preset], **fields_of(ModelConfig, typed)}
-        train_values = {**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)}
-    return ModelConfig(**model_values), TrainConfig(**train_values), folder
+        return (ModelConfig(**{**PRESETS[place.preset], **fields_of(ModelConfig, typed)}),
+                TrainConfig(**{**RECIPES.get(place.preset, {}), **fields_of(TrainConfig, typed)}), None)
+    folder = Path(place.out_dir, place.run_name or "")
+    if not place.run_name:  # the run that was written to last
+        files = [latest_checkpoint(path.parent) or path for path in folder.glob("*/config.json")]
+        folder = max(files, key=lambda file: file.stat().st_mtime, default=folder / "config.json").parent
+    stored = read_config(folder)
+    place.preset = stored.get("preset")
+    known = {**stored["model"], **stored["train"], "preset": place.preset}
+    may_change = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("may_change")}
+    for name, value in typed.items():
+        if name in may_change:
+            stored["train"][name] = value
+        elif name in known and value != known[name]:
+            raise UserError(f"--{name} {value} differs from the run's own {known[name]}: a resumed run keeps its "
+                            f"settings; leave the flag away, or start a new run without --resume")
+    return ModelConfig(**stored["model"]), TrainConfig(**stored["train"]), folder
 
 def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
@@ -845,9 +833,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                 with span("forward"), autocast():
                     micro_loss = module(inputs, head=partial(linear_cross_entropy, targets=targets), **places)
                     micro_loss = micro_loss / config.grad_accum_steps
-                    balancing = model.auxiliary_loss() / config.grad_accum_steps  # 0 without experts
                 with span("backward"):
-                    scaler.scale(micro_loss + balancing).backward()
+                    scaler.scale(micro_loss + model.auxiliary_loss() / config.grad_accum_steps).backward()
             losses.append(micro_loss.detach())
         with span("gradients of the others"):
             module.finish_gradient_synchronization()
@@ -892,9 +879,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             say(f"curves: {plot_runs([folder], folder / 'loss.png')}")
     if stopping and not last:
         if recording:
-            elsewhere = "".join(f" --{name} {value}" for name, value in vars(place).items()
-                                if name in ("out_dir", "data_dir", "device", "ddp") and name in typed)
-            say(f"saved at step {step:,}; go on with:  python train.py --resume --run_name {folder.name}{elsewhere}")
+            kept = fields_of(Place, {"run_name": folder.name, **typed}).items()
+            flags = "".join(f" --{name} {value}" for name, value in kept if not isinstance(value, bool))
+            say(f"saved at step {step:,}; go on with:  python train.py --resume{flags}")
         return 128 + (received[0] if received else signal.SIGTERM)  # 130 for Ctrl-C, 143 for SIGTERM
     if recording:
         say(f"trained in {clock(time.perf_counter() - started)}; read a text from it:  python sample.py --run {folder}")

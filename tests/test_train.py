@@ -21,7 +21,7 @@ import bpe
 import train
 from bpe import Tokenizer, UserError, load_tokens, prepare, story_nats
 from ddp import Ranks, run_ranks
-from model import ModelConfig, TransformerLM
+from model import PRESETS, ModelConfig, TransformerLM, count_parameters, training_memory
 from train import (
     AdamW,
     clip_gradients,
@@ -95,6 +95,42 @@ def test_loss_and_head_keep_no_logits():
     assert loss.dtype == torch.float32 and 0 < abs(loss.item() - exact.item()) < 0.05, (loss, exact)
     loss.backward()
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+
+def test_sums_in_half_precision():
+    """1000 times 0.01: float16 loses the small addend (9.9531), a float32 sum of float16 numbers only their rounding
+    (10.0021), float32 nearly nothing (10.0001). So sums, moments and parameters stay in float32."""
+    def total(sum_dtype: torch.dtype, dtype: torch.dtype, widen: bool = False) -> float:
+        s = torch.tensor(0, dtype=sum_dtype)
+        for _ in range(1000):
+            x = torch.tensor(0.01, dtype=dtype)
+            s += x.to(sum_dtype) if widen else x
+        return round(s.item(), 4)
+
+    assert total(torch.float32, torch.float32) == 10.0001 and total(torch.float16, torch.float16) == 9.9531
+    assert total(torch.float32, torch.float16) == total(torch.float32, torch.float16, widen=True) == 10.0021
+
+def test_what_autocast_keeps_in_float32():
+    """Under autocast products are half precision; parameters, norms, loss, gradients and AdamW's moments float32.
+    A gradient of 1e-8 is 0 in float16 and survives scaled by 65,536, where GradScaler begins; bfloat16 needs none."""
+    model, kinds = tiny_model(), {}
+    for name in ("layers.0.attn.q_proj", "layers.0.ln1", "layers.1.ffn.w2"):
+        model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: kinds.update({name: y.dtype}))
+    ids = torch.randint(61, (3, 13))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids[:, :-1])
+        loss = cross_entropy(logits, ids[:, 1:])
+    loss.backward()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    optimizer.step()
+    assert list(kinds.values()) == [torch.float32, torch.bfloat16, torch.bfloat16], kinds
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    for p in model.parameters():
+        assert {p.dtype, p.grad.dtype, *(optimizer.state[p][name].dtype for name in ("exp_avg", "exp_avg_sq"))} == {
+            torch.float32}
+    gradient = torch.tensor(1e-8)
+    assert gradient.half() == 0 and (gradient * 65_536).half() / 65_536 == pytest.approx(1e-8, rel=1e-3)
+    assert gradient.bfloat16().item() == pytest.approx(1e-8, rel=2**-8)
+    assert torch.amp.GradScaler("cpu").get_scale() == 65_536
 
 # --- The optimizer ---
 
@@ -308,7 +344,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError):
             load_checkpoint(path, model, optimizer)
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="No such file"):
         load_checkpoint(tmp_path / "missing.pt", model, optimizer)
 
 # --- Whole runs ---
@@ -375,6 +411,13 @@ def test_ten_steps_are_five_and_five(corpus, tmp_path, more):
     a, b = (read_log(tmp_path / out / "cats-1" / "log.jsonl") for out in ("whole", "parts"))
     timeless = lambda lines: [{k: v for k, v in line.items() if "second" not in k} for line in lines]  # noqa: E731
     assert timeless(a) == timeless(b)
+
+def test_lines_of_an_evaluation():
+    """Loss, perplexity, bits and, beside the corpus's own entropy, nats per byte, in at most 100 columns."""
+    line = {"step": 600, "val_loss": 1.25, "val_bits_per_byte": 0.4}
+    told = train.progress_line(line, 600, floor=0.2522)
+    assert told == "step   600/600   val  1.2500   perplexity 3.49   0.4000 bits/byte   0.2773 nats/byte, floor 0.2522"
+    assert len(told) <= 100 and train.progress_line({**line, "exact_match": 0.5}, 600).endswith("50.0% solved")
 
 def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
     """SIGINT in mid-step finishes the step, saves it, prints the command that goes on, and exits with 130."""
@@ -451,6 +494,19 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("parameters", "FLOPs", "memory", "tokens", "time"))
     assert not list(tmp_path.iterdir())
+    # 16 bytes a parameter, of which zero1 divides 8 by the number of devices, zero2 12, fsdp all; and the activations
+    memory = training_memory(ModelConfig(**PRESETS["7b"]), 1)
+    whole, rest = 16 * 6_738_415_616, memory["activations"] + memory["loss"]
+    for mode, share in (("none", 0), ("zero1", 1 / 2), ("zero2", 3 / 4), ("fsdp", 1)):
+        fits = [2**n for n in range(13) if whole * (1 - share + share / 2**n) + rest <= 80 * 2**30]
+        told = re.search(rf"^devices +(\S+|no number)  of 80 GiB with --shard_opt {mode}$", printed, re.M)
+        assert told and told[1] == (f"{fits[0]:,}" if fits else "no number"), f"{mode}: {told} instead of {fits}"
+    assert "devices                            4  of 80 GiB with --shard_opt fsdp" in printed
+    train.main(["--dry_run", "--device=cpu", "--num_experts=8", *folders])
+    config = ModelConfig(**PRESETS["laptop"], num_experts=8)
+    ffn = 4 * 3 * 128 * 320  # of one expert, in 4 layers
+    active = sum(count_parameters(config).values()) - 6 * ffn
+    assert f"of which a token passes {active:,}" in capsys.readouterr().out
 
 def test_evaluation_is_the_mean_over_all_windows(corpus, tmp_path):
     """The logged validation loss equals a loop over the text, one window and one token at a time."""
