@@ -192,7 +192,11 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
                 raise ValueError(f"the checksum of {damaged} is wrong")
         payload = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerLM(ModelConfig(**payload["config"]))
-        model.load_state_dict(payload["model"])
+        if payload["model"]:
+            model.load_state_dict(payload["model"])
+        else:  # train.py --checkpoint sharded: the tensors lie beside it
+            from shard_opt import exchange_shards
+            exchange_shards("load", model, None, path.with_suffix(".shards"))
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: not a readable checkpoint of this run ({type(error).__name__}: {reason}): remove it "

@@ -497,7 +497,7 @@ def as_piece(rows: Tensor, p: Tensor) -> Tensor:
     piece.__get_tensor_shard__ = lambda index: rows
     return piece
 
-def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
     """"save" or "load", in place, what this rank holds. Where one rank fails, all raise its error."""
     import torch.distributed.checkpoint as dcp
     if hasattr(optimizer, "consolidate_state_dict"):
@@ -505,7 +505,7 @@ def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optim
     held = {f"model.{name}": (p.detach(), p)
             for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items()}
     optimizer = getattr(optimizer, "local", optimizer)
-    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    for index, p in enumerate(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
         held.update({f"optimizer.{index}.{name}": (value, p) for name, value in optimizer.state.get(p, {}).items()
                      if isinstance(value, Tensor) and value.shape == p.shape})
     pieces = {key: as_piece(part, p) if hasattr(p, "owners") else part for key, (part, p) in held.items() if p.numel()}
