@@ -262,26 +262,26 @@ def mix_by_loop(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor
         out = out.index_add(0, token, (y * gates[token, place, None]).to(x.dtype))  # (N, C)
     return out
 
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, C), E groups of rows of which number e ends before row ends[e], each times its weight (E, F, C)^T: (M, F).
-    One call for all groups; in bfloat16 on a GPU also one kernel, which reads `ends` where they are."""
-    if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-    if x.element_size() <= 4 and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
-        return F.grouped_mm(x, weight.mT, offs=ends)  # (M, F)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()  # float64 and odd widths, which it does not take
-    return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight)])  # (M, F)
-
-def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """The same, faster: sorted by expert, the N K choices are E runs of rows, of any length; no choice is dropped."""
-    num_tokens, k = chosen.shape
+def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *,
+               grouped: bool | None = None) -> Tensor:
+    """The same, faster: sorted by expert, the N K choices are E runs of rows, of any length; no choice is dropped. Runs
+    meet their experts one by one or, `grouped`, all in one kernel: in bfloat16 on a GPU, which then never waits."""
+    (num_tokens, k), device = chosen.shape, x.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+    if grouped is None:
+        grouped = x.is_cuda and dtype == torch.bfloat16 and w1.shape[1] % 8 == w1.shape[2] % 8 == 0
     by_expert, order = chosen.flatten().sort(stable=True)  # (N K,): place in the sorted rows -> choice
-    ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=x.device), right=True, out_int32=True)  # (E,)
+    ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=device), right=True, out_int32=True)  # (E,)
     # subtle: x[order // K] would be shorter, but its backward adds up K rows, on CUDA in no fixed order. Copied first,
     # rows are only permuted, and so are their gradients.
     rows = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)  # (N K, C)
-    inner = silu(grouped_product(rows, w1, ends)) * grouped_product(rows, w3, ends)  # (N K, F)
-    y = grouped_product(inner, w2, ends).index_select(0, order.argsort()).view(num_tokens, k, -1)  # (N, K, C)
+    if grouped:
+        product = lambda a, w: F.grouped_mm(a.to(dtype), w.to(dtype).mT, offs=ends)  # noqa: E731
+        y = product(silu(product(rows, w1)) * product(rows, w3), w2)  # (N K, F) -> (N K, C)
+    else:
+        runs = zip(rows.split(ends.diff(prepend=ends.new_zeros(1)).tolist()), w1, w2, w3)
+        y = torch.cat([(silu(run @ a.T) * (run @ c.T)) @ b.T for run, a, b, c in runs])  # (N K, C)
+    y = y.index_select(0, order.argsort()).view(num_tokens, k, -1)  # (N, K, C)
     return (gates[:, None].to(y.dtype) @ y).squeeze(1)  # (N, 1, K) @ (N, K, C) -> (N, C)
 
 class MixtureOfExperts(nn.Module):
