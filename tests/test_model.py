@@ -613,6 +613,7 @@ def test_router_statistics_count_tokens():
         x = torch.cat([y.flatten(0, 1) for y in seen[:: 1 + checkpoint_activations]])
         p = torch.softmax(x @ model.layers[1].ffn.router.weight.T, dim=-1)
         counts = torch.bincount(p.topk(2).indices.flatten(), minlength=5).double()
+        assert model.moe[1].step_counts[:-1].tolist() == counts.tolist(), "each choice once"
         row = model.router_statistics(lambda counts: 2 * counts)[1]  # as if two processes had counted the same
         assert row["layer"] == 1 and row["load"] == pytest.approx((counts / counts.sum()).tolist())
         assert row["violation"] == pytest.approx((counts.max() / counts.mean() - 1).item())
@@ -636,6 +637,15 @@ def test_biases_move_the_load():
             model(ids)
         model.update_router_biases()
     assert violations[0] > 0.4 and violations[1] < violations[0] / 4, f"before and after: {violations}"
+    chosen = []
+    moe.mix = lambda x, picked, *others: chosen.append(picked) or mix_sorted(x, picked, *others)
+    for _ in range(5):  # of two micro-batches each
+        before, _ = moe.bias.clone(), chosen.clear()
+        for _ in range(2):
+            model(random_tokens(1, 7))
+        model.update_router_biases()
+        load = torch.bincount(torch.cat(chosen).flatten(), minlength=5).float()
+        torch.testing.assert_close(moe.bias, before + 0.01 * torch.sign(load.mean() - load))
     assert "layers.0.ffn.bias" in model.state_dict()
     everyone = MixtureOfExperts(ModelConfig(**(SMALL | dict(num_experts=5, experts_per_token=5))))
     x = torch.randn(7, 60)

@@ -220,11 +220,14 @@ def test_muon_equals_torchs():
 
 def test_muon_takes_the_matrices_inside_the_blocks():
     """Matrices of blocks go to Muon; embedding, head and gains stay with AdamW; every parameter is in one group."""
-    model = tiny_model()
+    for model in (tiny_model(), TransformerLM(ModelConfig(**TINY, num_experts=3, shared_experts=1, moe_every=2))):
+        check_muon_split(model)
+
+def check_muon_split(model: TransformerLM) -> None:
     groups = train.parameter_groups(model, 0.1, muon=True)
     names = {id(p): name for name, p in model.named_parameters()}
     muon = {names[id(p)] for group in groups if group.get("muon") for p in group["params"]}
-    assert muon == {name for name in names.values() if ".attn." in name or ".ffn." in name}
+    assert muon == {name for name in names.values() if ".attn." in name or ".ffn." in name and "router" not in name}
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(names.values())
 
 # --- Learning rate and clipping ---
@@ -729,6 +732,13 @@ def test_experts_are_logged(corpus, tmp_path, balance):
             assert sum(layer["load"]) == pytest.approx(1) and max(layer["load"]) * 4 - 1 == pytest.approx(
                 layer["violation"], abs=1e-6) and 0 < layer["entropy"] <= 1, layer
     assert "violation" in train.progress_line(lines[1], 10)
+    train.main(flags(corpus, tmp_path / "whole", *options, "--log_interval=3", "--run_name=seldom"))
+    of_evaluations = lambda name: [line["experts"] for line in read_log(tmp_path / "whole" / name / "log.jsonl")  # noqa: E731
+                                   if "val_loss" in line]
+    assert of_evaluations("seldom") == of_evaluations("cats-1"), "of the validation text alone"
+    train.main(flags(corpus, tmp_path / "whole", *options[::2], "--balance=none", "--run_name=left"))
+    states = [final_state(tmp_path / "whole", name)["model"] for name in ("cats-1", "left")]
+    assert not torch.equal(*(state["layers.1.ffn.router.weight"] for state in states)), "balancing changed nothing"
     train.main(flags(corpus, tmp_path / "parts", *options))
     (tmp_path / "parts" / "cats-1" / "checkpoint_00000010.pt").unlink()
     train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
