@@ -1,16 +1,25 @@
 """ddp.py against torch's DistributedDataParallel, against one process, and against failing ranks.
 
-Functions whose name starts with rank_ run in every process of run_ranks; they return what the test compares.
+Functions whose name starts with rank_ run in every process of a team, which is started once and then given one case
+after another, or, where they are to fail, in processes of their own (run_ranks). They return what the test compares.
 """
 
+import atexit
 import doctest
+import functools
 import io
+import itertools
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -103,13 +112,82 @@ def rank_train(ranks, mode, ordered=False, num_steps=4, set_to_none=True, micro_
     return {"first": first, "last": gradients_of(model.module), "state": state_of(model.module)}
 
 
+def rank_serve(ranks, folder):
+    """Do the jobs that arrive in the folder, one after another, until one is None."""
+    for number in itertools.count():
+        path = Path(folder, f"{number}.job")
+        while not path.exists():
+            time.sleep(0.003)
+        function, arguments = pickle.loads(path.read_bytes())
+        if function is None:
+            return number
+        torch.save(function(ranks, *arguments), Path(folder, f"{number}.{ranks.rank}.tmp"))
+        os.replace(Path(folder, f"{number}.{ranks.rank}.tmp"), Path(folder, f"{number}.{ranks.rank}"))
+
+
+class Team:
+    """run() is run_ranks without the start of processes. When a job fails, they end, and the next one starts others."""
+
+    def __init__(self, world_size):
+        self.world_size, self.thread = world_size, None
+        atexit.register(self.end)
+
+    def start(self):
+        self.folder, self.number, self.error = Path(tempfile.mkdtemp()), 0, []
+
+        def serve():
+            try:
+                ddp.run_ranks(rank_serve, self.world_size, str(self.folder), timeout_s=3600.0)
+            except BaseException as error:
+                self.error.append(error)
+
+        self.thread = threading.Thread(target=serve, daemon=True)
+        self.thread.start()
+
+    def give(self, function, *arguments):
+        (self.folder / "tmp").write_bytes(pickle.dumps((function, arguments)))
+        os.replace(self.folder / "tmp", self.folder / f"{self.number}.job")
+        self.number += 1
+
+    def run(self, function, *arguments):
+        if self.thread is None:
+            self.start()
+        self.give(function, *arguments)
+        paths = [self.folder / f"{self.number - 1}.{rank}" for rank in range(self.world_size)]
+        while not all(path.exists() for path in paths):
+            if not self.thread.is_alive():
+                self.end()
+                raise self.error[0]
+            time.sleep(0.003)
+        return [torch.load(path, weights_only=True) for path in paths]
+
+    def end(self):
+        if self.thread is not None:
+            self.give(None)
+            self.thread.join()
+            self.thread = None
+            shutil.rmtree(self.folder)
+
+
+@functools.cache
+def team(world_size):
+    return Team(world_size)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teams_end():
+    yield
+    for world_size in (1, 2, 3, 4):
+        team(world_size).end()
+
+
 def rank_each(ranks, function, cases):
     return [function(ranks, *case) for case in cases]
 
 
 def run_each(function, world_size, cases):
-    """[rank][case]: all cases in the same processes, which saves their start."""
-    return ddp.run_ranks(rank_each, world_size, function, cases)
+    """[rank][case]"""
+    return team(world_size).run(rank_each, function, cases)
 
 
 def test_rungs_equal_torch():
@@ -277,7 +355,7 @@ def test_bytes_on_the_wire(world_size):
         pytest.skip("no /proc/net/dev here")
     formula = ddp.bytes_sent_per_rank("all_reduce", 4 * 300_300, world_size)
     for _ in range(3):  # other programs use the loopback too
-        ratio = ddp.run_ranks(rank_bytes, world_size, "flat")[0] / formula
+        ratio = team(world_size).run(rank_bytes, "flat")[0] / formula
         if ratio < 1.01:
             break
     assert 0.999 < ratio < 1.01, f"{ratio:.4f} times the formula's bytes"
@@ -394,7 +472,7 @@ def rank_collectives(ranks):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_collectives(world_size):
     """Ordered sums equal adding rank by rank to the bit, on every rank; floats are summed in float64."""
-    results = ddp.run_ranks(rank_collectives, world_size)
+    results = team(world_size).run(rank_collectives)
     expected = results[0]["mine"].clone()
     for result in results[1:]:
         expected += result["mine"]
@@ -431,7 +509,7 @@ def test_mean_over_tokens(world_size):
     model, inputs, targets = uneven_batch()
     loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # torch's mean over all tokens
     loss.backward()
-    for result in ddp.run_ranks(rank_uneven_tokens, world_size):
+    for result in team(world_size).run(rank_uneven_tokens):
         assert result["loss"] == pytest.approx(loss.item(), rel=1e-14), "loss"
         for name, gradient in gradients_of(model).items():
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-12, atol=1e-15)
@@ -469,8 +547,8 @@ def rank_prepares(ranks, folder, seconds):
 
 def test_rank_0_may_take_longer_than_the_timeout(tmp_path):
     """Waiting for rank 0's preparation is not bounded by the collectives' timeout, and the others say what for."""
-    results = ddp.run_ranks(rank_prepares, 3, str(tmp_path), 4.0, timeout_s=3.0)
-    assert [result[:2] for result in results] == [[["data", 4.0], 0]] * 3, f"{results}"
+    results = ddp.run_ranks(rank_prepares, 3, str(tmp_path), 3.0, timeout_s=2.5)
+    assert [result[:2] for result in results] == [[["data", 3.0], 0]] * 3, f"{results}"
     expected = ["", *(f"rank {rank} waits for rank 0: preparing data\n" for rank in (1, 2))]
     assert [result[2] for result in results] == expected, f"{results}"
 
@@ -500,8 +578,9 @@ def rank_fails(ranks, folder, how):
                 if how == "finish":
                     return ddp.end_distributed()
             if step == 2 and how == "barrier":
+                ddp._store().set_timeout(timedelta(seconds=1))  # is the barrier's
                 if ranks.rank == 1:
-                    time.sleep(5.5)
+                    time.sleep(4)
                 ddp.barrier("the checkpoint")
             model(torch.randn(3, 41)).sum().backward()
             model.finish_gradient_synchronization()

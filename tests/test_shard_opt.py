@@ -1,14 +1,18 @@
 """shard_opt.py against unsharded optimizers, one process that averages what ranks would compute, and PyTorch's own.
 
-Functions whose name starts with rank_ run in every process of run_ranks; they return what the test compares. Many cases
-share one job: `results` starts it when the first of them asks.
+Functions whose name starts with rank_ run in every process of a team (test_ddp.py), which is started once; they return
+what the test compares. Many cases share one job: `results` gives it to the team when the first of them asks.
 """
 
 import copy
 import doctest
 import functools
 import itertools
+import math
+import os
 import random
+import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -22,6 +26,9 @@ import shard_opt
 import train
 from model import ModelConfig, TransformerLM
 from shard_opt import FSDP, MODES, ShardedOptimizer, full_state_dicts, load_full_state_dicts, shard
+
+from shard_opt import load_shards, save_shards  # isort: skip
+from test_ddp import team, teams_end  # noqa: F401  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is one process")
 RankError = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
@@ -37,11 +44,11 @@ NEEDS_WHOLE = ("Adafactor", "Muon", "ours Muon")
 
 @functools.cache
 def results(function, world_size, *args):
-    """What run_ranks returns, once for all tests that ask for the same."""
+    """What the team returns, once for all tests that ask for the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return ddp.run_ranks(function, world_size, *args, timeout_s=120)
+        return team(world_size).run(function, *args)
     finally:
         torch.set_num_threads(threads)
 
@@ -431,12 +438,15 @@ def test_all_modes_agree_and_clip_alike():
 # --- checkpoints ---
 
 
-def rank_resume(ranks, mode, optimizer, path, payload=None):
+def rank_resume(ranks, mode, optimizer, source=None, target=None, kind="full", expected=None):
+    """Go on from a checkpoint of either kind, take two steps, and save."""
     warnings.simplefilter("ignore")
     model, stepper = make_pair(mode, optimizer, tied=True)
-    payload = payload if path is None else torch.load(path, weights_only=True)
-    if payload is not None:
-        load_full_state_dicts(model, stepper, payload["model"], copy.deepcopy(payload["optimizer"]))
+    saved = torch.load(source, weights_only=True) if source is not None else expected
+    if saved is not None and saved["model"]:
+        load_full_state_dicts(model, stepper, saved["model"], copy.deepcopy(saved["optimizer"]))
+    elif saved is not None:
+        load_shards(model, stepper, Path(source).with_suffix(".shards"), saved["optimizer"])
     losses = []
     for step in range(2):
         stepper.zero_grad()
@@ -447,24 +457,159 @@ def rank_resume(ranks, mode, optimizer, path, payload=None):
         losses.append(loss.item())
     model_state, optimizer_state = full_state_dicts(model, stepper)
     assert ranks.rank == 0 or model_state == optimizer_state == {}, "only rank 0 gets the states"
+    if target is not None:
+        shards = Path(target).with_suffix(".shards")
+        states = save_shards(model, stepper, shards) if kind == "sharded" else (model_state, optimizer_state)
+        if ranks.rank == 0:
+            train.save_checkpoint(*states, 2, Path(target))
+        ddp.barrier("the checkpoint")
     return {"losses": losses, "model": model_state, "optimizer": optimizer_state}
 
 
+@pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize("optimizer", ["ours AdamW", "ours Muon"])
-def test_checkpoints_fit_everywhere(optimizer, tmp_path):
+def test_checkpoints_fit_everywhere(kind, optimizer, tmp_path):
     """A checkpoint of each mode resumes in the next mode at another world size: same losses, and all the bits of one
     process. (Every rank computes the same batch, so that the mean over any number of ranks is exact.)"""
-    chain = [("zero1", 4), ("fsdp", 2), ("zero2", 2), ("none", 1)]
-    chain += [("torch_zero1", 2), ("torch_fsdp", 2), ("fsdp", 4)] if optimizer == "ours AdamW" else []
-    path, expected = None, None
+    chain = [("zero1", 4), ("fsdp", 2), ("zero2", 2), ("none", 1), ("fsdp", 4), ("none", 2)]
+    if optimizer == "ours AdamW":
+        chain += [("torch_zero1", 2)] if kind == "full" else []
+        chain += [("torch_fsdp", 2), ("zero1", 2)]
+    source, expected = None, None
     for number, (mode, world_size) in enumerate(chain):
-        payload = ddp.run_ranks(rank_resume, world_size, mode, optimizer, path)[0]
-        expected = rank_resume(ddp.Ranks(), "none", optimizer, None, expected)
-        assert payload["losses"] == expected["losses"], f"{mode} at {world_size} ranks went on otherwise"
-        assert_equal(payload["model"], expected["model"], f"{mode} at {world_size}")
-        assert_equal(payload["optimizer"], expected["optimizer"], f"{mode} at {world_size}")
-        path = tmp_path / f"{number}.pt"
-        torch.save(payload, path)
+        target = str(tmp_path / f"{number}.pt")
+        result = team(world_size).run(rank_resume, mode, optimizer, source, target, kind)[0]
+        expected = rank_resume(ddp.Ranks(), "none", optimizer, expected=expected)
+        assert result["losses"] == expected["losses"], f"{mode} at {world_size} ranks went on otherwise"
+        assert_equal(result["model"], expected["model"], f"{mode} at {world_size}")
+        assert_equal(result["optimizer"], expected["optimizer"], f"{mode} at {world_size}")
+        source = target
+
+
+def rank_counts_what_it_reads(ranks, source, mode, optimizer):
+    """Numbers read from the shards, and numbers held afterwards."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    warnings.simplefilter("ignore")
+    model, stepper = make_pair(mode, optimizer, tied=True)
+    read, original = [], FileSystemReader.read_data
+
+    def read_data(self, plan, planner):
+        read.extend(math.prod(item.lengths) for item in plan.items)
+        return original(self, plan, planner)
+
+    FileSystemReader.read_data = read_data
+    try:
+        described = torch.load(source, weights_only=True)["optimizer"]
+        load_shards(model, stepper, Path(source).with_suffix(".shards"), described)
+    finally:
+        FileSystemReader.read_data = original
+    held = [p.numel() for p in model.module.state_dict(keep_vars=True).values()]
+    held += [v.numel() for p, state in stepper.state.items() for v in state.values()
+             if isinstance(v, torch.Tensor) and v.shape == p.shape]  # fmt: skip
+    return sum(read), sum(held)
+
+
+def test_shards_are_shards(tmp_path):
+    """Each rank writes about a third of the numbers and reads only its own, and torch's own tools turn the folder into
+    the whole state dict."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    for optimizer in ("ours AdamW", "ours Muon"):
+        target = tmp_path / f"{optimizer[5:]}.pt"
+        whole = team(3).run(rank_resume, "fsdp", optimizer, None, str(target), "sharded")[0]
+        sizes = [file.stat().st_size for file in target.with_suffix(".shards").glob("*.distcp")]
+        assert len(sizes) == 3 and max(sizes) < 1.4 * min(sizes), f"{sizes} bytes"
+        dcp_to_torch_save(target.with_suffix(".shards"), tmp_path / "whole.pt")
+        converted = torch.load(tmp_path / "whole.pt", weights_only=True)
+        assert_equal({f"model.{name}": value for name, value in whole["model"].items()},
+                     {name: value for name, value in converted.items() if name.startswith("model.")}, optimizer)
+        for world_size in (2, 4):
+            for read, held in team(world_size).run(rank_counts_what_it_reads, str(target), "fsdp", optimizer):
+                assert read == held, f"{world_size} ranks: one that holds {held} numbers has read {read}"
+
+
+def rank_train_and_save(ranks, folder, dies=False):
+    """Five steps, a checkpoint in shards after each. At the third, rank 1 is killed when its file is on the disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    model, stepper = make_pair("fsdp", "ours AdamW", tied=True)
+    first, losses, original = 0, [], FileSystemWriter.write_data
+
+    def write_and_die(self, plan, planner):
+        original(self, plan, planner).wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if path := train.latest_checkpoint(Path(folder)):
+        saved = train.read_checkpoint(path)
+        first = saved["iteration"]
+        load_shards(model, stepper, path.with_suffix(".shards"), saved["optimizer"])
+    for step in range(first, 5):
+        stepper.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        model.finish_gradient_synchronization()
+        stepper.step()
+        losses.append(loss.item())
+        if dies and step == 2 and ranks.rank == 1:
+            FileSystemWriter.write_data = write_and_die
+        file = Path(folder, f"checkpoint_{step + 1:08d}.pt")
+        states = save_shards(model, stepper, file.with_suffix(".shards"))
+        if ranks.rank == 0:
+            train.save_checkpoint(*states, step + 1, file)
+        ddp.barrier("the checkpoint")
+    return {"first": first, "losses": losses, "model": full_state_dicts(model, stepper)[0]}
+
+
+def test_killed_while_saving(tmp_path):
+    """Kill -9 of a rank that has written its shard: the half checkpoint is not taken, and from the one before it two or
+    four ranks go on with the undisturbed losses and end with its parameters, to the bit."""
+    whole = team(2).run(rank_train_and_save, str(tmp_path / "whole"))[0]
+    with pytest.raises(RankError):
+        ddp.run_ranks(rank_train_and_save, 2, str(tmp_path / "killed"), True)
+    assert list((tmp_path / "killed" / "checkpoint_00000003.shards").glob("*.distcp")), "nothing was half-written"
+    assert train.latest_checkpoint(tmp_path / "killed").name == "checkpoint_00000002.pt", "taken for good"
+    for world_size in (2, 4):
+        folder = shutil.copytree(tmp_path / "killed", tmp_path / str(world_size))
+        again = team(world_size).run(rank_train_and_save, str(folder))[0]
+        assert again["first"] == 2 and again["losses"] == whole["losses"][2:], f"{again['losses']}: {whole['losses']}"
+        assert_equal(again["model"], whole["model"], f"{world_size} ranks, resumed")
+
+
+def rank_refusals(ranks, source, folders):
+    """What loading each of these folders raises."""
+    warnings.simplefilter("ignore")
+    said, described = [], torch.load(source, weights_only=True)["optimizer"]
+    for mode, d_model, folder in folders:
+        torch.manual_seed(0)
+        module = TransformerLM(ModelConfig(**{**CONFIG, "d_model": d_model}, tie_embeddings=True))
+        groups = functools.partial(train.parameter_groups, weight_decay=0.1)
+        model, stepper = shard(module, mode, groups, train.AdamW)
+        try:
+            load_shards(model, stepper, Path(folder), described)
+            said.append("loaded")
+        except (OSError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_damaged_shards(tmp_path):
+    """A shard that is cut off, missing, of another model, and a mode that has none: one sentence on every rank."""
+    team(2).run(rank_resume, "fsdp", "ours AdamW", None, str(tmp_path / "good.pt"), "sharded")
+    for what in ("cut", "missing", "unfinished"):
+        shutil.copytree(tmp_path / "good.shards", tmp_path / what)
+    with open(tmp_path / "cut" / "__1_0.distcp", "r+b") as file:
+        file.truncate(5000)
+    (tmp_path / "missing" / "__0_0.distcp").unlink()
+    (tmp_path / "unfinished" / ".metadata").unlink()
+    cases = [("fsdp", 48, "cut"), ("fsdp", 48, "missing"), ("zero1", 48, "unfinished"), ("fsdp", 96, "good.shards"),
+             ("torch_zero1", 48, "good.shards"), ("zero2", 48, "good.shards")]
+    folders = [(mode, d_model, str(tmp_path / name)) for mode, d_model, name in cases]
+    for said in team(2).run(rank_refusals, str(tmp_path / "good.pt"), folders):
+        for message, (_, _, name) in zip(said[:4], cases):
+            assert message.startswith(f"OSError: {tmp_path / name}: rank ") and "\n" not in message, message
+            assert "could not load its shard" in message and message.endswith(".pt to use the one before"), message
+        assert said[4:] == ["ValueError: --shard_opt torch_zero1 cannot load shards: take zero1", "loaded"], said
 
 
 def test_another_models_state_is_refused():
@@ -566,7 +711,7 @@ def test_bytes_on_the_wire(world_size):
     one_pass = ddp.bytes_sent_per_rank("all_gather", 4 * 8 * 200 * 201, world_size)
     expected = {"zero1": (0, 2, 1), "zero2": (1, 1, 0), "fsdp": (1, 1 + 7 / 8, 0)}
     for _ in range(3):  # other programs use the loopback too
-        measured = zip(expected.items(), ddp.run_ranks(rank_bytes, world_size)[0])
+        measured = zip(expected.items(), team(world_size).run(rank_bytes)[0])
         surplus = {mode: [sent / one_pass - passes for passes, sent in zip(wanted, by_part.values())]
                    for (mode, wanted), by_part in measured}  # fmt: skip
         if max(map(max, surplus.values())) < 0.02:
@@ -647,6 +792,31 @@ def test_odd_models(mode, world_size):
     assert_equal(result[0][:2], expected[0][:2], mode)
     for rank in range(world_size):
         assert_equal(result[rank][2], expected[rank][2], f"gather_full_params on rank {rank}")
+
+
+def rank_half(ranks, mode):
+    model, stepper = make_pair(mode, "SGD", compute_dtype=torch.float16)
+    losses = take_training_steps(ranks, mode, model, stepper, 0, 3)
+    return {"losses": losses, "model": full_state_dicts(model, stepper)[0]}
+
+
+@pytest.mark.parametrize(("mode", "world_size"), list(itertools.product(("fsdp", "zero2"), (2, 4))))
+def test_half_precision(mode, world_size):
+    """Weights and gradients that travel and compute in float16, three steps: within 1e-4 of one process that averages
+    what the ranks compute with weights cast to float16; the masters are float32."""
+    model = make_model(False)
+    stepper = torch.optim.SGD(train.parameter_groups(model, 0.1), **OPTIMIZERS["SGD"][1])
+    for step in range(3):
+        half = copy.deepcopy(model).half()
+        for rank in range(world_size):
+            gradients = torch.autograd.grad(loss_of(half, 100 * step + rank), list(half.parameters()))
+            for p, gradient in zip(model.parameters(), gradients):
+                p.grad = gradient.float() / world_size + (p.grad if rank else 0)
+        stepper.step()
+    result = results(rank_half, world_size, mode)[0]["model"]
+    assert_equal(result, dict(model.state_dict()), f"{mode}, {world_size} ranks", 1e-4)
+    moved = max((result[name] - value).abs().max().item() for name, value in make_model(False).state_dict().items())
+    assert moved > 0.01, f"training moved nothing by more than {moved}"
 
 
 class Checkpointed(TransformerLM):
