@@ -120,8 +120,7 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
 
 def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict[str, Any]]) -> set[nn.Parameter]:
     """The parameters of those groups in which the optimizer needs them undivided (Muon's groups differ)."""
-    undivided = [group for group in groups if group["params"] and not treats_rows_apart(make, group)]
-    return {p for group in undivided for p in group["params"]}
+    return {p for group in groups if group["params"] and not treats_rows_apart(make, group) for p in group["params"]}
 
 # --- 3. Exchanging rows ---
 class Unit:
@@ -347,16 +346,15 @@ class FSDP(DDPNaive):
         for owner, name, p in unit.places:
             owner._parameters[name] = p if whole else p.shard
 
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.accumulating:
             self.finish_gradient_synchronization()  # of the micro-batch before
         for unit in self.units if not (self.keep and self.accumulating) else ():
             unit.free()  # an optimizer may have stepped
         self.accumulating = not self.synchronizing and torch.is_grad_enabled()
         if (dtype := self.compute_dtype) is not None:
-            cast = partial(tree_map_only, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
-            inputs, kwargs = cast(inputs), cast(kwargs)
-        return super().forward(*inputs, **kwargs)
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
+        return super().forward(*args, **kwargs)
 
     def _before(self, unit: Unit, *_: Any) -> None:
         unit.start_gather()
@@ -520,8 +518,9 @@ def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optim
 def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[dict, dict]:
     """Every rank writes what it holds. Returned is, on rank 0, what stands in the place of full_state_dicts' two: to be
     written afterwards, into the file that makes the folder a checkpoint. Ranks that are killed before leave none."""
-    if get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    for old in folder.parent.glob("*.shards") if get_rank() == 0 else ():
+        if not old.with_suffix(".pt").exists():  # left by a checkpoint that was removed, or by a save that was killed
+            shutil.rmtree(old)
     described = whole_optimizer_state(optimizer, tensors=False)  # for which all ranks wait for each other
     exchange_shards("save", module, optimizer, folder)
     return {}, {**torch.optim.Optimizer.state_dict(optimizer), "state": described}

@@ -25,7 +25,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -566,9 +565,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it and the matrices are big enough to gain: CUDA from compute capability
-    8.0; CPUs with AMX or AVX512-BF16 from a width of 256 (measured on two AMX cores at the baseline's shape: 1,120 ->
-    4,243 tokens/s; at 0.8 M parameters the casts cost more than they save)."""
+    """bfloat16 where the hardware multiplies it and matrices are big enough to gain (two AMX cores, the baseline: 1,120
+    -> 4,243 tokens/s; at 0.8 M parameters the casts cost more than they save)."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -666,6 +664,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     sharded = place.shard_opt in ("zero2", "fsdp", "torch_fsdp")  # these reduce gradients themselves
     if sharded and (place.ddp != "none" or config.compile or dtype == torch.float16):
         raise UserError(f"--shard_opt {place.shard_opt} goes with no --ddp, no --compile and no --dtype float16")
+    if (place.checkpoint, place.shard_opt) == ("sharded", "torch_zero1"):
+        raise UserError("--shard_opt torch_zero1 saves no shards: take zero1, or --checkpoint full")
     if ranks.world_size > 1 and place.ddp == "none" and not sharded:
         raise UserError(f"{ranks.world_size} processes need a way to share gradients: add --ddp bucketed")
     if ranks.world_size % place.context_parallel or length % (2 * place.context_parallel):
@@ -717,6 +717,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if config.compile:
         model.compile()
     make_groups = partial(parameter_groups, weight_decay=config.weight_decay, muon=config.optimizer == "muon")
+    by_muon = sum(p.numel() for group in make_groups(model) if "muon" in group for p in group["params"])
     optimizer_class, options = {"adamw": AdamW, "muon": Muon}[config.optimizer], {"betas": (0.9, config.beta2)}
     if place.shard_opt == "none":
         optimizer = optimizer_class(make_groups(model), **options)
@@ -735,20 +736,19 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         scaler.load_state_dict(payload["scaler"])
         torch.set_rng_state(payload["rng"])  # though every step seeds its own
     del payload  # its tensors live in the model and the optimizer now
-    # What the model is told of the places of whole rows: with --doc_mask, where documents begin.
     places_of = partial(document_places, end_of_text_id=end_of_text_id) if model_config.doc_mask else lambda inputs: {}
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
-    log = None
     if recording:
         description = {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
                        "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
         folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir, description),
                            "making the run's folder")
-        log = RunLog(folder, resume_at=step if path else -1, to_wandb=place.wandb) if ranks.rank == 0 else None
+    log = RunLog(folder, step if path else -1, to_wandb=place.wandb) if recording and ranks.rank == 0 else None
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
-        f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads")
+        f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads"
+        + f"; {by_muon:,} of them by Muon" * (by_muon > 0))
     say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
         f"{length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
 
@@ -799,9 +799,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
                                  documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
                 for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                     old.unlink()
-                for shards in folder.glob("checkpoint_*.shards"):
-                    if not shards.with_suffix(".pt").exists():  # of an old one, or of a save that was killed
-                        shutil.rmtree(shards)
             del states  # not kept while the next steps run
         told_at += time.perf_counter() - pause  # a pause is not the training's speed
         if last or stopping:

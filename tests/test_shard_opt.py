@@ -566,14 +566,17 @@ def test_killed_while_saving(tmp_path):
     four ranks go on with the undisturbed losses and end with its parameters, to the bit."""
     whole = team(2).run(rank_train_and_save, str(tmp_path / "whole"))[0]
     with pytest.raises(RankError):
-        ddp.run_ranks(rank_train_and_save, 2, str(tmp_path / "killed"), True)
-    assert list((tmp_path / "killed" / "checkpoint_00000003.shards").glob("*.distcp")), "nothing was half-written"
+        ddp.run_ranks(rank_train_and_save, 4, str(tmp_path / "killed"), True)
+    half = sorted(file.name for file in (tmp_path / "killed" / "checkpoint_00000003.shards").iterdir())
+    assert "__1_0.distcp" in half and ".metadata" not in half, f"not half-written: {half}"
     assert train.latest_checkpoint(tmp_path / "killed").name == "checkpoint_00000002.pt", "taken for good"
     for world_size in (2, 4):
         folder = shutil.copytree(tmp_path / "killed", tmp_path / str(world_size))
         again = team(world_size).run(rank_train_and_save, str(folder))[0]
         assert again["first"] == 2 and again["losses"] == whole["losses"][2:], f"{again['losses']}: {whole['losses']}"
         assert_equal(again["model"], whole["model"], f"{world_size} ranks, resumed")
+        files = sorted(file.name for file in (folder / "checkpoint_00000003.shards").iterdir())
+        assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(world_size))], f"{files}"
 
 
 def rank_refusals(ranks, source, folders):
