@@ -65,10 +65,6 @@ class UserError(ValueError):
 # would become tokens. The pattern is GPT-2's: contractions, letters, digits, other signs, and white space, whose last
 # space belongs to the word behind it.
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-# The pattern is slow. So Python's own, faster `re` cuts first, before white space, where a pre-token always begins; a
-# piece that comes again is not cut again. subtle: re's \s has \x1c to \x1f, no white space to `regex`: hence a list.
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-PIECE = re.compile(rf"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 # A border is a place where a pre-token begins, whatever stands further left or right: the parts can be treated alone.
 # Two characters prove it, except after white space and between an apostrophe and a letter (perhaps a contraction).
 BORDER = regex.compile(r"(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})|(?<=[^\s\p{L}\p{N}'])(?=[\p{L}\p{N}])")
@@ -80,17 +76,76 @@ def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
         raise UserError("a special token cannot be empty: leave it out of special_tokens")
     return regex.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
 
+# The pattern takes most of the time. So NumPy cuts a text where its bytes show a border, into pieces of mostly one
+# pre-token, and only the distinct ones are shown to the pattern: in English text one of twenty.
+BLOCK_BYTES = 1 << 20  # what NumPy cuts at a time: most of it stays in the cache
+def border_flags(text: np.ndarray) -> np.ndarray:
+    """Whether each byte of a UTF-8 text begins a pre-token; False where the bytes beside it do not tell.
+    Special tokens are written 255 254 254 ... here. Besides BORDER: the last white space before something else begins
+    a pre-token, for the rest of its run is one of its own, and nothing joins white space before it but a space."""
+    letter, digit, unknown = (text | 32) - np.uint8(97) < 26, text - np.uint8(48) < 10, text > 127
+    space = (text == 32) | (text - np.uint8(9) < 5)  # subtle: str.isspace has \x1c to \x1f too, the pattern has not
+    sign = ~(letter | digit | unknown | space | (text == 39))
+    maybe_space = space | (text == 0xC2) | (text - np.uint8(0xE1) < 3) | (text > 253)  # others begin with these bytes
+    flags = np.append(True, space[1:] & ~((space | unknown)[:-1] & np.append(maybe_space[2:], True)))
+    flags[1:] |= letter[:-1] & ~(letter | unknown)[1:] | digit[:-1] & ~(digit | unknown)[1:]
+    flags[1:] |= sign[:-1] & (letter | digit)[1:] | (space & (text != 32))[:-1] & ~maybe_space[1:]
+    flags[1:] |= (text[:-1] > 253) & (text[1:] < 254)
+    return flags | (text == 255)
+
+def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
+    """Block by block: the distinct pieces of a UTF-8 text, and for each place in turn which one of them stands there.
+    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; longer ones are
+    numbered by a dict. Sorting by a hash brings equal ones together, cheaper than a look into a dict for each."""
+    pattern = special_pattern(special_tokens).pattern.encode("utf-8")
+    marks = regex.sub(pattern, lambda match: b"\xff".ljust(len(match[0]), b"\xfe"), text)
+    outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # no UTF-8 text has the byte 255
+    begin, size = 0, BLOCK_BYTES
+    while begin < len(text):
+        borders = np.flatnonzero(border_flags(np.frombuffer(marks[begin : begin + size] + b"\xff", np.uint8)))
+        if begin + size < len(text):
+            borders = borders[:-1]  # what comes last may go on
+            if len(borders) < 2:
+                size *= 2
+                continue
+        start, length, block = borders[:-1], np.diff(borders), text[begin : begin + borders[-1]]
+        begin, size = begin + len(block), BLOCK_BYTES
+        words = np.ndarray((len(block) + 8,), "<u8", block + b"\xff" * 16, strides=(1,))  # the 8 bytes from each place
+        head = words[start] | outside[np.minimum(length, 8)]
+        tail = words[start + 8] | outside[np.clip(length - 8, 0, 8)]
+        numbers: dict[bytes, int] = {}
+        for place in np.flatnonzero(length > 16).tolist():
+            piece = block[start[place] : start[place] + length[place]]
+            head[place], tail[place] = numbers.setdefault(piece, len(numbers)), (1 << 64) - 2  # which is no text
+        bits = len(start).bit_length()
+        order = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits  # a hash of the piece
+        order = np.sort(order | np.arange(len(start), dtype=np.uint64)) & ((1 << bits) - 1)  # and the place
+        order = order.astype(np.int64)
+        first = np.append(True, (np.diff(head[order]) != 0) | (np.diff(tail[order]) != 0))
+        which = np.empty(len(start), np.int64)
+        which[order] = np.cumsum(first) - 1
+        start, end = start[order[first]], (start + length)[order[first]]
+        yield [block[a:b] for a, b in zip(start.tolist(), end.tolist())], which
+
+def pretokens_of(piece: bytes) -> list[bytes]:
+    if piece.isalnum() or piece[1:].isalnum() and piece[0] == 32:  # of bytes, isalnum knows ASCII only: cut already
+        return [piece]
+    return [pretoken.encode("utf-8") for pretoken in PRETOKEN.findall(piece.decode("utf-8"))]
+
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
     """How often each pre-token occurs. Special tokens cut the text and are not counted.
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
-    {'low': 1, ' lower': 1, ' low': 2}
+    {'low': 1, ' low': 2, ' lower': 1}
     """
     pieces, counts = Counter(), Counter()
-    for part in special_pattern(special_tokens).split(text)[::2]:  # every second part is a special token
-        pieces.update(PIECE.findall(part))
+    for distinct, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
+        for piece, count in zip(distinct, np.bincount(which).tolist()):
+            pieces[piece] += count
+    for special in special_tokens:
+        pieces.pop(special.encode("utf-8"), None)
     for piece, count in pieces.items():
-        for pretoken in PRETOKEN.findall(piece):
-            counts[pretoken] += count
+        for pretoken in pretokens_of(piece):
+            counts[pretoken.decode("utf-8")] += count
     return dict(counts)
 
 # --- 2. Training: the definition ---
@@ -129,66 +184,163 @@ def train_naive(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
     return merges
 
 # --- 3. Training: the same, faster ---
-# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten,
-# and a heap hands out the greatest: a merge costs its own occurrences instead of the whole text.
-def train_fast(word_counts: Mapping[str, int], num_merges: int, known_merges: Sequence[Pair] = (),
-               on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
-    """The merges of train_naive at the cost of the changes. on_merge hears of each new one and its count.
-    known_merges: the first merges, if an earlier run has made them: a shorter training is the beginning of a longer."""
+# A merge changes only the words that hold its pair. So the counts are kept and corrected where a word was rewritten: a
+# merge costs its own occurrences and a look at all counts, instead of the whole text.
+def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
+    """The merges of train_naive at the cost of the changes."""
     words = [[bytes([byte]) for byte in word.encode("utf-8")] for word in word_counts]
-    counts, merges = list(word_counts.values()), []
-    # heapq hands out the least: so bytes are complemented, and a last sign above all bytes puts "ab" behind "abc"
-    order = functools.cache(lambda token: bytes(255 - byte for byte in token).decode("latin-1") + "\u0100")
+    times, merges = list(word_counts.values()), []
+    pair_counts: Counter[Pair] = Counter()
     words_with: defaultdict[Pair, set[int]] = defaultdict(set)  # may name words that hold it no more
-    pair_counts, changes, heap = defaultdict(int), defaultdict(int), []
     def count(index: int, sign: int) -> None:
         for pair in zip(words[index], words[index][1:]):
-            changes[pair] += sign * counts[index]
+            pair_counts[pair] += sign * times[index]
             words_with[pair].add(index)
     for index in range(len(words)):
         count(index, +1)
-    while len(merges) < num_merges:
-        for pair, change in changes.items():
-            pair_counts[pair] += change
-            if change and pair_counts[pair]:  # its older entries stay, and are passed over when they come
-                heapq.heappush(heap, (-pair_counts[pair], order(pair[0]), order(pair[1]), pair))
-        changes.clear()
-        while heap and pair_counts[heap[0][3]] != -heap[0][0]:
-            heapq.heappop(heap)
-        if not heap:
-            break
-        best = known_merges[len(merges)] if len(merges) < len(known_merges) else heap[0][3]
-        if len(merges) >= len(known_merges):
-            on_merge(best, pair_counts[best])
+    while len(merges) < num_merges and any(pair_counts.values()):
+        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
         merges.append(best)
-        merged = best[0] + best[1]
         for index in words_with.pop(best):
             count(index, -1)
-            words[index] = merge_pair(words[index], best, merged)
+            words[index] = merge_pair(words[index], best, best[0] + best[1])
             count(index, +1)
+        del pair_counts[best]
     return merges
 
-Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
-def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
-    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
-    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
-    so n bytes cost n log n, even a run of 100,000 spaces."""
-    end = len(symbols)
-    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
-    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        _, left, pair = heapq.heappop(heap)
-        right = after[left]
-        if right == end or (symbols[left], symbols[right]) != pair:
-            continue  # one of the two has meanwhile been merged with its other neighbour
-        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
-        if after[left] < end:
-            before[after[left]] = left
-        for first, second in ((before[left], left), (left, after[left])):
-            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
-                heapq.heappush(heap, (ranks[pair][0], first, pair))
-    return [symbol for symbol in symbols if symbol >= 0]
+# --- 4. Training: fastest, in arrays ---
+# All distinct words stand in one array with borders between them. For "low lower lowest", three, two and one times:
+#
+#     place    0 1 2 3  4 5 6 7 8 9  10 ...
+#     token    l o w |  l o w e r |  l o w e s t |     | is the byte 255, which no UTF-8 text contains
+#     pair_at  3 4 0 0  3 4 6 1 0 0  3 4 6 2 5 0 0     number of the pair that begins here; 0: none
+#     weight   3 3 3 3  2 2 2 2 2 2  1 1 1 1 1 1 1     how often the word occurs
+#
+# Pair 4 is "o w": counts[4] is 6, the sum of its weights, and places[first[4] : first[5]] are 1, 5, 11, where it was
+# seen when it got its number. As many has "l o", but "o w" is greater. The merged token is written at its places, the
+# places behind them go out of use, and before and after link those that still stand:
+#
+#     token    l ow . |  l ow . e r |  l ow . e s t |
+#     pair_at  8 0  0 0  8 7  0 1 0 0  8 7  0 2 5 0 0  7 and 8 are new: "ow e" and "l ow"
+#
+# So a merge is a handful of operations on its own places, and nothing is looked up: pair_at says which counts fall, and
+# sorting brings the places of a new pair together. No count ever rises, so only pairs above a threshold need to stand
+# in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
+#
+# An operation of NumPy on ten places costs as much as one on a thousand. So the next merges are made together, some
+# twenty at a time: pairs that cannot overlap leave each other's counts alone. Only a new pair may come between two of
+# them; whether one is as frequent as the next is seen beforehand, and then the batch ends there.
+BATCH = 128  # merges made together, at most: with 1 the training takes three times as long
+def every_second(begins: np.ndarray) -> np.ndarray:
+    """Marks the first, third, fifth, ... of each run; `begins` says where runs begin."""
+    index = np.arange(len(begins))
+    return (index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0
+
+def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
+                     on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
+    """The merges of train_naive. on_merge hears of each and its count."""
+    text = ("\udcff".join(word_counts) + "\udcff").encode("utf-8", "surrogateescape")  # \udcff becomes the byte 255
+    token, size = np.frombuffer(text, np.uint8).astype(np.int32), len(text)
+    lengths = np.diff(np.flatnonzero(token == 255), prepend=-1)
+    weight = np.repeat(np.array([*word_counts.values()] or [0]), lengths)
+    # subtle: before place 0 comes -1, to NumPy the last place, which is a border as it should be
+    before, after = np.arange(-1, size - 1, dtype=np.int32), np.arange(1, size + 1, dtype=np.int32)
+    # A merge brings at most two new pairs for each place it takes. Memory that is never written costs nothing.
+    pair_at, places, most = np.zeros(size, np.int32), np.empty(3 * size, np.int32), 65_537 + 2 * size
+    counts, first = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
+    left, right, num_pairs = np.zeros(most, np.int32), np.zeros(most, np.int32), 1
+    tokens, merges, heap, threshold = [bytes([byte]) for byte in range(256)], [], [], 1 << 62
+    # heapq hands out the least: so bytes are complemented, and a last sign above all bytes puts "ab" behind "abc"
+    order = functools.cache(lambda token: bytes(255 - byte for byte in tokens[token]).decode("latin-1") + "\u0100")
+
+    def grouped(keys: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The different keys, where each begins among the places, the places by key, and the sum of their weights."""
+        codes = np.sort(keys << 32 | at)
+        at, keys = codes.astype(np.int32), codes >> 32
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        return keys[begins], begins, at, np.add.reduceat(weight[at], begins) if len(at) else begins
+
+    def add_pairs(keys: np.ndarray, at: np.ndarray, base: int) -> np.ndarray:
+        """Number the pairs at these places, one for each key: of token base + (key >> 23) and another, which is on its
+        left or, if the key is odd, on its right."""
+        nonlocal num_pairs
+        keys, begins, at, sums = grouped(keys, at)
+        new, end = np.arange(num_pairs, num_pairs + len(keys)), first[num_pairs]
+        merged, other = base + (keys >> 23), keys >> 1 & (1 << 22) - 1
+        left[new], right[new] = np.where(keys & 1, (merged, other), (other, merged))
+        counts[new], pair_at[at] = sums, np.repeat(new, np.diff(begins, append=len(at)))
+        num_pairs += len(keys)
+        first[new], first[num_pairs], places[end : end + len(at)] = end + begins, end + len(at), at
+        return new
+
+    def push(pairs: np.ndarray) -> None:
+        for count, a, b, pair in zip(*(array[pairs].tolist() for array in (counts, left, right)), pairs.tolist()):
+            heapq.heappush(heap, (-count, order(a), order(b), pair))
+
+    def most_frequent(refill: bool) -> int:
+        """See that the greatest pair stands at heap[0]; returns 0 if no pair is left."""
+        nonlocal threshold
+        while heap or refill and (greatest := counts[:num_pairs].max()) > 0:
+            if not heap:
+                threshold = max(1, greatest * 3 // 4)
+                push(np.flatnonzero(counts[:num_pairs] >= threshold))
+            count, _, _, pair = heap[0]
+            if counts[pair] == -count:
+                return pair
+            heapq.heappop(heap)  # its count has fallen since
+            if counts[pair] >= threshold:
+                push(np.array([pair]))
+        return 0
+
+    at = np.flatnonzero((token[:-1] != 255) & (token[1:] != 255))
+    add_pairs(token[at].astype(np.int64) << 23 | token[at + 1] << 1 | 1, at, 0)
+    while len(merges) < num_merges:
+        batch, lefts, rights = [], set(), set()
+        while len(batch) < min(BATCH, num_merges - len(merges)) and (pair := most_frequent(refill=not batch)):
+            a, b = int(left[pair]), int(right[pair])
+            if a in rights or b in lefts:  # it may overlap one of the batch, and lose by it
+                break
+            lefts.add(a), rights.add(b)
+            batch.append(heapq.heappop(heap))
+        if not batch:
+            break
+        pairs = [entry[3] for entry in batch]
+        at = [places[first[pair] : first[pair + 1]] for pair in pairs]
+        at, which = np.concatenate(at), np.repeat(np.arange(len(at)), [len(one) for one in at])
+        here = pair_at[at] == np.array(pairs)[which]  # some have been merged with their other neighbour since
+        at, which = at[here], which[here]
+        begins = np.append(True, (after[at[:-1]] != at[1:]) | np.diff(which) > 0)
+        here = every_second(begins)  # a a a holds two such pairs, of which the first is merged
+        at, which = at[here], which[here]
+        gone = after[at]
+        beyond, ahead = after[gone], before[at]
+        if len(batch) > 1:  # count new pairs as if each merge came first: at least as many as there will be
+            keys = np.concatenate((which << 23 | token[ahead] << 1, which << 23 | token[beyond] << 1 | 1))
+            keys, _, _, sums = grouped(keys, np.concatenate((at, at)))
+            following = np.array([-entry[0] for entry in batch[1:]] + [1 << 62])
+            early = (sums >= following[keys >> 23]) & (keys >> 1 & (1 << 22) - 1 != 255)
+            if early.any():
+                done = int((keys >> 23)[early].min()) + 1
+                for entry in batch[done:]:
+                    heapq.heappush(heap, entry)
+                pairs, here = pairs[:done], which < done
+                at, which, gone, beyond = at[here], which[here], gone[here], beyond[here]
+        base = len(tokens)
+        for pair in pairs:
+            merges.append((tokens[left[pair]], tokens[right[pair]]))
+            tokens.append(b"".join(merges[-1]))
+            on_merge(merges[-1], int(counts[pair]))
+        np.subtract.at(counts, pair_at[gone], weight[at])
+        token[at], after[at], before[beyond] = base + which, beyond, at
+        pair_at[gone] = pair_at[at] = counts[pairs] = 0
+        ahead, keys = before[at], which << 23
+        here = (token[ahead] != 255) & (token[ahead] < base)  # what is merged itself counts as beyond
+        np.subtract.at(counts, pair_at[ahead[here]], weight[ahead[here]])
+        there = token[beyond] != 255
+        keys = np.concatenate(((keys | token[ahead] << 1)[here], (keys | token[beyond] << 1 | 1)[there]))
+        new = add_pairs(keys, np.concatenate((ahead[here], at[there])), base)
+        push(new[counts[new] >= threshold])
+    return merges
 
 # --- 4. Long texts: chunks, workers, files ---
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
@@ -291,7 +443,7 @@ class Progress:
             print(f"{line:<99}", end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
 @contextlib.contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -302,7 +454,7 @@ def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with _room_for(path):
+        with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
                 yield file
@@ -313,13 +465,36 @@ def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
+@contextlib.contextmanager
+def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the only process that makes files in a folder, after a wait if need be; a process that ends, however it ends,
+    holds it no more. What a killed one left half-written is removed, and the folder, too, if nothing comes into it."""
+    with room_for(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):  # no fcntl on Windows, nothing to remove on a read-only disk
+            import fcntl
+            held.callback(os.close, lock := os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"data: waiting for the process that prepares {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in folder.rglob("*.[0-9]*.tmp"):
+                left.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
 def write_json(path: Path, facts: dict) -> None:
     with write_atomically(path) as file:
         json.dump(facts, file, indent=1)
 
 def read_json(path: Path) -> dict:
     """A small file of ours; nothing when it is missing or damaged, so that the stage that writes it runs again."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if isinstance(facts := json.loads(path.read_text(encoding="utf-8")), dict):
             return facts
     return {}
@@ -389,13 +564,15 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
         started = time.perf_counter()
         counts = count_words(path, special_tokens, num_workers=num_workers, cache=caches[0], progress=progress)
         counted, meter = time.perf_counter(), Progress("merging pairs", num_merges, "merges", progress)
+        known = itertools.count(-len(merges))  # to make these again is cheaper than to look up where they stand
         def tell(pair: Pair, count: int) -> None:
-            kept.value.append([token.decode("latin-1") for token in pair])
-            kept.save(now=False)
-            meter.update(len(kept.value))
-            on_merge(pair, count)
+            if next(known) >= 0:
+                kept.value.append([token.decode("latin-1") for token in pair])
+                kept.save(now=False)
+                meter.update(len(kept.value))
+                on_merge(pair, count)
         try:
-            merges = train_fast(counts, num_merges, merges, tell)
+            merges = train_vectorized(counts, num_merges, tell)
         finally:
             kept.save(now=True)
         meter.update(num_merges)
@@ -406,7 +583,30 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
     vocab += [token for token in (special.encode("utf-8") for special in special_tokens) if token not in set(vocab)]
     return dict(enumerate(vocab)), merges
 
-# --- 6. The tokenizer ---
+# --- 7. The tokenizer ---
+Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
+def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
+    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
+    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
+    so n bytes cost n log n, even a run of 100,000 spaces."""
+    end = len(symbols)
+    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
+    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        _, left, pair = heapq.heappop(heap)
+        right = after[left]
+        if right == end or (symbols[left], symbols[right]) != pair:
+            continue  # one of the two has meanwhile been merged with its other neighbour
+        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
+        if after[left] < end:
+            before[after[left]] = left
+        for first, second in ((before[left], left), (left, after[left])):
+            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
+                heapq.heappush(heap, (ranks[pair][0], first, pair))
+    return [symbol for symbol in symbols if symbol >= 0]
+
+NO_RANK = 1 << 62  # of a pair that is not merged
 def printable_bytes() -> dict[int, str]:
     """GPT-2's characters for bytes in text files: printable ones stand for themselves, the other 68 are moved up.
     >>> "".join(printable_bytes()[byte] for byte in b"a b")
@@ -442,9 +642,16 @@ class Tokenizer:
         except KeyError as error:
             raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
                             "tokenizer; restore them, or train the tokenizer anew") from None
-        self._byte_ids = [self.token_ids.get(bytes([byte])) for byte in range(256)]
+        self._byte_ids = np.array([self.token_ids.get(bytes([byte]), -1) for byte in range(256)])
+        self._merged = np.array([self.token_ids[left + right] for left, right in self.merges], np.int64)
+        # pairs as left << 32 | right, sorted, and their ranks; one pair behind all ends every search
+        pairs = np.array([left << 32 | right for left, right in self._ranks] + [NO_RANK])
+        ranks, by_pair = np.array([rank for rank, _ in self._ranks.values()] + [NO_RANK]), np.argsort(pairs)
+        self._sorted_pairs, self._sorted_ranks = pairs[by_pair], ranks[by_pair]
+        specials = [special.encode("utf-8") for special in self.special_tokens]
+        self._special_ids = {special: np.uint32(self.token_ids[special]).tobytes() for special in specials}
         self._specials = special_pattern(self.special_tokens)
-        self._known: dict[str, tuple[int, ...]] = {}  # piece -> its ids: texts repeat themselves
+        self._known: dict[bytes, bytes] = {}  # piece -> its ids, four bytes each: texts repeat themselves
 
     @property
     def vocab_size(self) -> int:
@@ -458,30 +665,74 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([vocab, merges, self.special_tokens]).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        ids, known = [], self._known.get
-        for place, part in enumerate(self._specials.split(text)):
-            if place % 2:  # a special token
-                ids.append(self.token_ids[part.encode("utf-8")])
-            else:
-                for piece in PIECE.findall(part):
-                    ids += known(piece) or self._encode_piece(piece)
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids as uint32. Each distinct piece of a block is encoded once and copied to wherever it stands."""
+        try:
+            data, blocks = text.encode("utf-8"), [np.empty(0, np.uint32)]
+        except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
+            return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
+        for pieces, which in distinct_pieces(data, self.special_tokens):
+            ids = self._ids_of(pieces)
+            length = np.fromiter(map(len, ids), np.int64, len(ids)) // 4
+            first, each = (np.cumsum(length) - length)[which], length[which]
+            ends = np.cumsum(each)
+            place = np.repeat(first - ends + each, each) + np.arange(ends[-1])
+            blocks.append(np.frombuffer(b"".join(ids), np.uint32)[place])
+        return np.concatenate(blocks)
+
+    def _ids_of(self, pieces: list[bytes]) -> list[bytes]:
+        """The ids of pieces, four bytes an id; those that are not known are encoded together."""
+        if not 0 < len(self._known) < 500_000:  # some 100 MB; starting anew is cheaper than keeping track of age
+            self._known = dict(self._special_ids)
+        ids = list(map(self._known.get, pieces))
+        new = [place for place, known in enumerate(ids) if known is None]
+        parts = [pretokens_of(pieces[place]) for place in new]
+        found = iter(self._encode_words([*itertools.chain.from_iterable(parts)]))
+        for place, part in zip(new, parts):
+            ids[place] = b"".join(itertools.islice(found, len(part)))
+            if len(pieces[place]) <= 256:  # a longer one hardly comes again
+                self._known[pieces[place]] = ids[place]
         return ids
 
-    def _encode_piece(self, piece: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for pretoken in PRETOKEN.findall(piece):
-            # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
-            data = re.sub("[\ud800-\udfff]", "\ufffd", pretoken).encode("utf-8")
-            symbols = [self._byte_ids[byte] for byte in data]
-            if None in symbols:
-                lacking = f"0x{data[symbols.index(None)]:02x}"
-                raise UserError(f"this vocabulary lacks the byte {lacking}: take a tokenizer with all 256 bytes")
-            ids += apply_merges(symbols, self._ranks)
-        if len(piece) <= 64:
-            if len(self._known) >= 200_000:  # some 50 MB; starting anew is cheaper than keeping track of age
-                self._known.clear()
-            self._known[piece] = tuple(ids)
-        return tuple(ids)
+    def _encode_words(self, words: list[bytes]) -> list[bytes]:
+        """apply_merges of many pre-tokens together; the ids of each, four bytes an id.
+        Words of equal length are the rows of an array. A round makes the first merge of the lowest rank in each row, so
+        that all of them get shorter by one; then the words that have this length from the beginning come in. A row
+        without a merge goes out."""
+        byte_ids, result = self._byte_ids, [b""] * len(words)
+        if lacking := set(np.flatnonzero(byte_ids < 0).tolist()).intersection(b"".join(words)):
+            raise UserError(f"this vocabulary lacks the byte 0x{min(lacking):02x}: take a tokenizer with all 256 bytes")
+        def ranks(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+            place = np.searchsorted(self._sorted_pairs, left << 32 | right)
+            return np.where(self._sorted_pairs[place] == (left << 32 | right), self._sorted_ranks[place], NO_RANK)
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        for index in np.flatnonzero(lengths > 64).tolist():  # too many rounds for few words
+            ids = apply_merges(byte_ids[[*words[index]]].tolist(), self._ranks)
+            result[index] = np.array(ids, np.uint32).tobytes()
+        by_length, longest = np.argsort(lengths, kind="stable"), min(64, lengths.max(initial=0))
+        ends = np.searchsorted(lengths[by_length], np.arange(longest + 2))
+        # behind each word stands the token -1, which is in no pair: also the left neighbour of a first token, [-1]
+        token, rank, word = np.empty((0, longest + 1), int), np.empty((0, longest), int), np.empty(0, int)
+        for length in range(longest, 0, -1):
+            new = by_length[ends[length] : ends[length + 1]]
+            data = np.frombuffer(b"".join([words[index] for index in new.tolist()]), np.uint8)
+            fresh = np.pad(byte_ids[data.reshape(-1, length)], ((0, 0), (0, 1)), constant_values=-1)
+            token, word = np.concatenate((token, fresh)), np.append(word, new)
+            rank = np.concatenate((rank, ranks(fresh[:, :-1], fresh[:, 1:])))  # (words, length)
+            going = rank.min(axis=1) < NO_RANK
+            ids = token[~going, :-1].astype(np.uint32).tobytes()
+            for place, index in enumerate(word[~going].tolist()):
+                result[index] = ids[4 * length * place : 4 * length * (place + 1)]
+            token, rank, word = token[going], rank[going], word[going]
+            row, at = np.arange(len(word)), rank.argmin(axis=1)
+            token[row, at] = self._merged[rank[row, at]]
+            stays = np.arange(length + 1) != at[:, None] + 1
+            token, rank = token[stays].reshape(-1, length), rank[stays[:, :-1]].reshape(len(row), length - 1)
+            for left in (at - 1, at):
+                rank[row, left] = ranks(token[row, left], token[row, left + 1])
+        return result
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
         """The ids of "".join(strings), lazily, with memory for the longest pre-token but not for the text."""
@@ -569,7 +820,7 @@ VERSION = "#version: 0.2"  # the first line of GPT-2's merges.txt; save() adds a
 def _check(version: str, vocab: Mapping[int, bytes], merges: list[Pair]) -> None:
     """An exception where ids fit in no array, or the first line of merges.txt tells of another content."""
     ours = version == f"{VERSION} sha256:{Tokenizer(vocab, merges).hash()}"
-    if not (0 <= min(vocab) <= max(vocab) < 1 << 32 and (ours or version == VERSION or "huggingface" in version)):
+    if not (0 <= min(vocab) <= max(vocab) < 1 << 31 and (ours or version == VERSION or "huggingface" in version)):
         raise ValueError("damaged")
 
 @contextlib.contextmanager
@@ -580,7 +831,7 @@ def _explained(files: Any) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): give the place of a tokenizer") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # JSON from nowhere can hold anything
         raise UserError(f"{files} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
 def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tuple[dict[int, bytes], list[Pair]]:
@@ -593,7 +844,7 @@ def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tu
 
 # --- 7. From text to token arrays ---
 def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
-    return np.array(tokenizer.encode(read_text(path, start, end)), dtype=dtype).tobytes()
+    return tokenizer.encode_array(read_text(path, start, end)).astype(dtype).tobytes()
 
 def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *, num_workers: int | None = None,
                 progress: bool = False) -> int:
@@ -980,11 +1231,11 @@ def download(url: str, path: Path, *, first_bytes: int | None = None, expected_b
                     raise OSError(f"has {whole:,} bytes, not {expected_bytes or 'some'}")
                 total = min(first_bytes or whole, whole)
                 meter = Progress(f"loading {path.stem}", total)
-                with _room_for(part):
+                with room_for(part):
                     file = open(part, "ab" if have else "wb", buffering=0)  # what was written is there, come what may
                 with file:
                     while have < total and (data := response.read(min(1 << 18, total - have))):
-                        with _room_for(part):
+                        with room_for(part):
                             while data:  # of a full disk the system takes a part
                                 data = data[file.write(data):]
                         have = file.tell()
@@ -1110,37 +1361,38 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
         name = Path(dataset).stem + ("-file" if Path(dataset).stem in DATASETS else "")
     folder = Path(data_dir) / name
     texts, tokenizer_dir = [folder / "train.txt", folder / "val.txt"], folder / f"bpe{vocab_size}"
-    try:
-        make_texts(dataset, folder, data_bytes, num_workers, say)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing has come
-        if all(path.exists() for path in texts):
-            say(f"data: cannot download more {dataset} ({error}): using what is in {folder}")
-        elif dataset == "tinystories":
-            say(f"data: cannot download tinystories ({error}): built-in stories instead")
-            return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, data_dir=data_dir,
-                           data_bytes=data_bytes and min(data_bytes, GENERATED_BYTES), num_workers=num_workers, say=say)
-        else:
-            raise UserError(f"cannot download {dataset} ({error}): put it at {folder}/train.txt and val.txt") from None
-    record, seconds = tokenizer_dir / "training.json", {}
-    wanted = {"special_tokens": [*special_tokens], "text": file_identity(texts[0])}
-    if not (wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists()):
-        say(f"tokenizer: training {vocab_size:,} tokens on {texts[0]}")
-        record.unlink(missing_ok=True)
-        vocab, merges = train_bpe(texts[0], vocab_size, special_tokens, num_workers=num_workers, progress=True,
-                                  cache_dir=folder / "cache", seconds=seconds)
-        Tokenizer(vocab, merges, special_tokens).save(tokenizer_dir)
-        write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(num_workers)})
-    tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
-    for text, npy in zip(texts, arrays):
-        facts = read_json(npy.with_suffix(".json"))
-        wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
-        if not (npy.exists() and "crc32" in facts and wanted.items() <= facts.items()):
-            count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
+    with alone_in(folder, say):
+        try:
+            make_texts(dataset, folder, data_bytes, num_workers, say)
+        except OSError as error:
+            if all(path.exists() for path in texts):
+                say(f"data: cannot download more {dataset} ({error}): using what is in {folder}")
+            elif dataset == "tinystories":
+                say(f"data: cannot download tinystories ({error}): built-in stories instead")
+                return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, data_dir=data_dir,
+                               data_bytes=min(data_bytes or GENERATED_BYTES, GENERATED_BYTES),
+                               num_workers=num_workers, say=say)
+            else:
+                where = f"{folder}/train.txt and val.txt"
+                raise UserError(f"cannot download {dataset} ({error}): put it at {where}") from None
+        record, seconds = tokenizer_dir / "training.json", {}
+        wanted = {"special_tokens": [*special_tokens], "text": file_identity(texts[0])}
+        if not (wanted.items() <= read_json(record).items() and (tokenizer_dir / "tokenizer.json").exists()):
+            say(f"tokenizer: training {vocab_size:,} tokens on {texts[0]}")
+            record.unlink(missing_ok=True)
+            vocab, merges = train_bpe(texts[0], vocab_size, special_tokens, num_workers=num_workers, progress=True,
+                                      cache_dir=folder / "cache", seconds=seconds)
+            Tokenizer(vocab, merges, special_tokens).save(tokenizer_dir)
+            write_json(record, wanted | {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(num_workers)})
+        tokenizer, arrays = Tokenizer.load(tokenizer_dir), [tokenizer_dir / "train.npy", tokenizer_dir / "val.npy"]
+        for text, npy in zip(texts, arrays):
             facts = read_json(npy.with_suffix(".json"))
-            speed = f"{facts['bytes_per_token']:.2f} bytes, {facts['tokens_per_second']:,.0f} a second"
-            say(f"tokens: {npy}, {count:,} tokens of {speed}")
+            wanted = {"tokenizer_hash": tokenizer.hash(), "source": file_identity(text)}
+            if not (npy.exists() and "crc32" in facts and wanted.items() <= facts.items()):
+                count = encode_file(tokenizer, text, npy, num_workers=num_workers, progress=True)
+                facts = read_json(npy.with_suffix(".json"))
+                speed = f"{facts['bytes_per_token']:.2f} bytes, {facts['tokens_per_second']:,.0f} a second"
+                say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
 
 # --- 11. The command line ---

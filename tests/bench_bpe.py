@@ -8,9 +8,9 @@
 train    the whole process from its start to the saved merges, on all processors: seconds, and the greatest sum of the
          memory of all its processes. The tokenizers package reads line by line and breaks ties otherwise.
 encode   GPT-2's ids of a text from a cold start: loaded, nothing encoded yet. All give the same ids, as checked by a
-         hash. One processor: encode against tiktoken's encode_to_numpy and tokenizers' encode_batch of the
+         hash. One processor: encode_array against tiktoken's encode_to_numpy and tokenizers' encode_batch of the
          documents with one thread. Two: encode_file, the start of its workers included, against tiktoken's batch call.
-model    train_fast on synthetic words, a merge's cost by its places
+model    train_vectorized on synthetic words, a merge's cost by its places
 
 Each measurement is a fresh process; they take turns, and ratios are medians of pairs. Peers that are missing are left
 out. GPT-2's files are read from data/reference.
@@ -64,7 +64,7 @@ def child(what: str, text: str, number: int, folder: str) -> dict:
             word = " " + "".join(rng.choice(syllables) for _ in range(rng.randint(1, 3))) + rng.choice("snrt.,y")
             counts[word] = counts.get(word, 0) + 1
         begin = time.perf_counter()
-        merges = bpe.train_fast(counts, int(text))
+        merges = bpe.train_vectorized(counts, int(text))
         return {"seconds": time.perf_counter() - begin, "merges": len(merges)}
 
     import bpe
@@ -89,7 +89,7 @@ def child(what: str, text: str, number: int, folder: str) -> dict:
         path.write_text(string, encoding="utf-8", newline="")
     begin = time.perf_counter()
     if what == "encode 1 ours":
-        ids = ours.encode(string)
+        ids = ours.encode_array(string)
     elif what == "encode 2 ours":
         bpe.encode_file(ours, path, path.with_suffix(".npy"), num_workers=2)
     elif what == "encode 1 tiktoken":

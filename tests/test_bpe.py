@@ -52,7 +52,7 @@ def some_text(num_bytes: int, seed: int = 0) -> str:
 
 
 def train_on(text: str, vocab_size: int, specials: tuple[str, ...] = (END_OF_TEXT,)) -> Tokenizer:
-    merges = bpe.train_fast(bpe.count_pretokens(text, specials), vocab_size - 256 - len(specials))
+    merges = bpe.train_vectorized(bpe.count_pretokens(text, specials), vocab_size - 256 - len(specials))
     return Tokenizer(dict(enumerate([bytes([b]) for b in range(256)] + [a + b for a, b in merges])), merges, specials)
 
 
@@ -90,35 +90,52 @@ def test_import_is_light():
 # --- 1. pre-tokens ---
 
 
+def pieces(text: str, specials: tuple[str, ...] = ()) -> list[str]:
+    """The pieces of a text in their order."""
+    found = []
+    for distinct, which in bpe.distinct_pieces(text.encode("utf-8"), specials):
+        found += [distinct[place].decode("utf-8") for place in which.tolist()]
+    return found
+
+
 # a letter, digit, sign of each kind and length in UTF-8; the apostrophe and its letters; each white space of ASCII,
 # \x1c and \x1f, which str.isspace takes for white space and the pattern does not, and white space of 2 and 3 bytes
 CLASSES = "al1.' \n\t\r\x0b\x1c\x1f\x00\x85\xa0\u2003\u3000é²«你、\u1681😀\u0301"
 
 
 def pretokens(parts: list[str]) -> list[str]:
-    return [word for part in parts for word in bpe.PRETOKEN.findall(part)]
+    return [word.decode("utf-8") for part in parts for word in bpe.pretokens_of(part.encode("utf-8"))]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_pieces_are_proven_by_all_short_texts(length):
     """Every text of up to 4 characters over an alphabet of every class has the same pre-tokens from its pieces.
 
-    Whether there is a border depends on the character before and the two behind at most, so 4 characters are all.
+    Whether there is a border depends on the character before and the two behind at most, so 4 characters are all. The
+    texts are told apart by special tokens, which are hard borders, and so take one call.
     """
     alphabet = CLASSES if length < 4 else "a1.' \n\x1c\xa0é\u3000你"
-    for text in map("".join, itertools.product(alphabet, repeat=length)):
-        found = bpe.PIECE.findall(text)
-        assert "".join(found) == text, f"pieces of {text!r} are missing: {found}"
-        assert pretokens(found) == bpe.PRETOKEN.findall(text), f"{text!r} was cut into {found}"
+    texts = ["".join(text) for text in itertools.product(alphabet, repeat=length)]
+    found = pieces("<|>".join(texts), ("<|>",))
+    assert "".join(found) == "<|>".join(texts), "pieces are missing"
+    number, current = 0, []
+    for piece in [*found, "<|>"]:
+        if piece != "<|>":
+            current.append(piece)
+            continue
+        assert pretokens(current) == bpe.PRETOKEN.findall(texts[number]), f"{texts[number]!r} was cut into {current}"
+        number, current = number + 1, []
+    assert number == len(texts), f"{number} of {len(texts)}"
 
 
-def test_pieces_and_borders_change_nothing():
-    """Cutting a text into pieces, or at any border, leaves its pre-tokens as they are."""
+def test_pieces_and_borders_change_nothing(monkeypatch):
+    """Cutting a text into pieces, in blocks of any size, or at any border, leaves its pre-tokens as they are."""
     rng = random.Random(1)
     for _ in range(1500):
         text = nasty_text(rng, rng.randint(1, 40))
         whole = bpe.PRETOKEN.findall(text)
-        assert pretokens(bpe.PIECE.findall(text)) == whole, f"{text!r}"
+        monkeypatch.setattr(bpe, "BLOCK_BYTES", rng.randint(1, 60))
+        assert pretokens(pieces(text)) == whole, f"{text!r}"
         last = bpe.LAST_BORDER.search(text)
         borders = [match.start() for match in bpe.BORDER.finditer(text)]
         assert (last.start() if last else None) == (borders[-1] if borders else None), f"{text!r}"
@@ -127,10 +144,16 @@ def test_pieces_and_borders_change_nothing():
             assert parts == whole, f"{text!r} at {border}: {parts} != {whole}"
 
 
-def test_white_space_is_that_of_the_pattern():
-    """SPACE lists exactly the characters that the pattern takes for white space."""
-    everything = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    assert re.findall(f"[{bpe.SPACE}]", everything) == regex.findall(r"\s", everything), "SPACE is not \\s"
+def test_equal_pieces_are_found_equal():
+    """Pieces that differ only behind 8 or 16 bytes, in length or in a zero byte are told apart, and no others."""
+    rng = random.Random(2)
+    words = ["a" * size + end for size in range(20) for end in ("", "b", "bb")] + ["a", "\x00", "\x00\x00", "\x01" * 9]
+    words += ["b" + chr(number) + "\x00" * 7 for number in range(9)]  # the numbers of the first long pieces, as bytes
+    words += ["é" * size + end for size in range(1, 12) for end in ("", "ü", "好")]
+    text = "".join(" " + rng.choice(words) for _ in range(20_000))
+    ((distinct, which),) = bpe.distinct_pieces(text.encode("utf-8"), ())
+    assert len(set(distinct)) == len(distinct) > 80, f"{len(distinct)} pieces, {len(set(distinct))} different"
+    assert b"".join(distinct[place] for place in which.tolist()).decode("utf-8") == text, "another text"
 
 
 def test_special_tokens_are_hard_boundaries():
@@ -156,18 +179,21 @@ def random_counts(seed: int) -> dict[str, int]:
 
 
 def test_fast_training_equals_the_definition():
-    """train_fast makes the merges of train_naive: ties, overlaps, single letters, texts."""
+    """Both faster trainers make the merges of train_naive: ties, overlaps, single letters, texts."""
     for seed in range(250):
         counts = random_counts(seed)
         naive = bpe.train_naive(counts, 40)
         assert bpe.train_fast(counts, 40) == naive, f"seed {seed}: {counts}"
+        assert bpe.train_vectorized(counts, 40) == naive, f"seed {seed}: {counts}"
     for counts in ({}, {"a": 3}, {"aa": 3}, {"a" * length: 1 for length in range(2, 40)}, {"": 1, "ab": 2}):
         naive = bpe.train_naive(counts, 40)
-        assert bpe.train_fast(counts, 40) == naive, f"{counts}"
+        assert bpe.train_fast(counts, 40) == bpe.train_vectorized(counts, 40) == naive, f"{counts}"
     for text in (some_text(20_000), nasty_text(random.Random(4), 5000)):
         counts = bpe.count_pretokens(text, [END_OF_TEXT])
         naive = bpe.train_naive(counts, 150)
-        assert bpe.train_fast(counts, 150) == naive, "on a text"
+        assert bpe.train_fast(counts, 150) == bpe.train_vectorized(counts, 150) == naive, "on a text"
+    counts = bpe.count_pretokens(some_text(300_000, seed=2))
+    assert bpe.train_fast(counts, 700) == bpe.train_vectorized(counts, 700), "on a longer text"
 
 
 def test_ties_go_to_the_greater_byte_strings():
@@ -176,27 +202,25 @@ def test_ties_go_to_the_greater_byte_strings():
     counts = {"ab": 9, "abq": 4, "zq": 4, "\u00ffq": 4}
     expected = [(b"a", b"b"), (b"\xc3", b"\xbf"), (b"\xc3\xbf", b"q"), (b"z", b"q"), (b"ab", b"q")]
     prefixes = {"ab": 3, "xabc": 2, "xab": 2, "yab": 2, "yabc": 2}  # a longer string is greater than its beginning
-    for train in (bpe.train_naive, bpe.train_fast):
+    for train in (bpe.train_naive, bpe.train_fast, bpe.train_vectorized):
         assert train(counts, 5) == expected, f"{train.__name__}: {train(counts, 5)}"
         assert train(prefixes, 9) == bpe.train_naive(prefixes, 9), f"{train.__name__}"
 
 
 def test_known_merges_are_a_prefix():
-    """Training goes on from any known first merges, and tells of new ones with their counts."""
+    """Training tells of each merge and its count; a shorter training is the beginning of a longer one."""
     texts = [random_counts(seed) for seed in range(100)] + [bpe.count_pretokens(some_text(20_000))]
     for number, counts in enumerate(texts):
         told: list = []
-        naive = bpe.train_fast(counts, 60, on_merge=lambda *made, told=told: told.append(made))
+        naive = bpe.train_vectorized(counts, 60, on_merge=lambda *made, told=told: told.append(made))
         assert [pair for pair, _ in told] == naive, f"{number}: {told}"
         symbols = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
         for pair, count in told:
             found = sum(counts[word] * list(zip(parts, parts[1:])).count(pair) for word, parts in symbols.items())
             assert count == found, f"{number}: {pair} {count} times, but {found}"
             symbols = {word: bpe.merge_pair(parts, pair, pair[0] + pair[1]) for word, parts in symbols.items()}
-        known, new = random.Random(number).randint(0, len(naive)), []
-        got = bpe.train_fast(counts, 60, naive[:known], lambda *made, new=new: new.append(made))
-        assert got == naive and new == told[known:], f"{number} from {known}"
-        assert bpe.train_fast(counts, known, naive) == naive[:known], "a shorter training is a beginning"
+        known = random.Random(number).randint(0, len(naive))
+        assert bpe.train_vectorized(counts, known) == naive[:known], "a shorter training is a beginning"
 
 
 def test_applying_merges_equals_replaying_them():
@@ -212,14 +236,15 @@ def test_applying_merges_equals_replaying_them():
         assert [tokenizer.vocab[i] for i in ids] == symbols, f"{word!r}"
 
 
-def test_long_texts_equal_the_definition():
-    """A long text, cut into pieces that are remembered, has the ids of merging each pre-token by itself."""
+def test_long_texts_equal_the_definition(monkeypatch):
+    """A long text, cut by NumPy and encoded word by word at once, has the ids of merging each pre-token by itself."""
     specials = ("<|a|>", "<|a|><|b|>", "aa")
     rng = random.Random(12)
     learnt = train_on(some_text(40_000) + " " * 90 + "=" * 200, 700, ())
     text = nasty_text(rng, 30_000, (*specials, "<|a", "don't", "    ")) + some_text(30_000, seed=3)
     text += "ab'" * 500 + "é" * 3000 + "".join(rng.choice("aeiou") for _ in range(2000)) + "\n" * 99
     for chosen in ((), specials[:1], specials):
+        monkeypatch.setattr(bpe, "BLOCK_BYTES", rng.randint(900, 40_000))
         mine = Tokenizer(learnt.vocab, learnt.merges, chosen)
         expected: list[int] = []
         for place, part in enumerate(bpe.special_pattern(chosen).split(text)):
@@ -229,6 +254,7 @@ def test_long_texts_equal_the_definition():
                 for word in bpe.PRETOKEN.findall(part):
                     expected += bpe.apply_merges(list(word.encode()), mine._ranks)
         assert mine.encode(text) == expected == mine.encode(text), f"{chosen}"
+        assert mine.encode(text[:5000]) == Tokenizer(learnt.vocab, learnt.merges, chosen).encode(text[:5000]), "short"
 
 
 # --- 4, 5. long texts ---
@@ -382,7 +408,7 @@ def test_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(bpe, "count_chunk", lambda *args: calls.append(1) or count_chunk(*args))
     assert train_bpe(path, 400, [END_OF_TEXT], cache_dir=cache, on_merge=lambda *pair: new.append(pair))[1] == clean
     assert len(clean) - len(new) == 71 and not calls, f"{len(new)} merges were made again"
-    monkeypatch.setattr(bpe, "train_fast", None)
+    monkeypatch.setattr(bpe, "train_vectorized", None)
     assert train_bpe(path, 350, [END_OF_TEXT], cache_dir=cache)[1] == clean[:93] and not calls, "nothing to do again"
     monkeypatch.undo()
     path.write_bytes(some_text(20_000, seed=5).encode("utf-8"))
