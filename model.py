@@ -439,12 +439,12 @@ class MultiHeadSelfAttention(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Two branches that read the residual stream and add to it: attention across places, then ffn at each place."""
-    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None, moe: bool = False) -> None:
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None = None, layer: int = 0) -> None:
         super().__init__()
         c, f, h, g = config.d_model, config.d_ff, config.num_heads, config.num_kv_heads
         self.attn = MultiHeadSelfAttention(c, h, num_kv_heads=g, rope=rope, qk_norm=config.qk_norm)
         dense = SwiGLU if config.ffn == "swiglu" else partial(FeedForward, activation=config.ffn)
-        self.ffn = MixtureOfExperts(config) if moe else dense(c, f)
+        self.ffn = MixtureOfExperts(config) if layer in config.moe_layers else dense(c, f)
         self.ln1, self.ln2 = (RMSNorm(c) if config.norm != "none" else nn.Identity() for _ in range(2))
         self.dropout = nn.Dropout(config.dropout)
         self.post_norm = config.norm == "post"
@@ -467,8 +467,7 @@ class TransformerLM(nn.Module):
         sizes = (config.rope_theta, config.head_dim, config.context_length)
         rope = RotaryPositionalEmbedding(*sizes) if config.pos == "rope" else None  # one table serves all layers
         self.token_embeddings = Embedding(config.vocab_size, config.d_model)
-        blocks = (TransformerBlock(config, rope, layer in config.moe_layers) for layer in range(config.num_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(TransformerBlock(config, rope, layer) for layer in range(config.num_layers))
         self.moe = {layer: self.layers[layer].ffn for layer in config.moe_layers}
         self.ln_final = RMSNorm(config.d_model) if config.norm == "pre" else nn.Identity()  # post: a block ends in one
         # lm_head reads about unit variance. Weights of std 1 / (4 sqrt(C)) give logits of variance 1/16, a first loss
