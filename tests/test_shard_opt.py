@@ -13,6 +13,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -577,6 +580,61 @@ def test_killed_while_saving(tmp_path):
         assert_equal(again["model"], whole["model"], f"{world_size} ranks, resumed")
         files = sorted(file.name for file in (folder / "checkpoint_00000003.shards").iterdir())
         assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(world_size))], f"{files}"
+
+
+def run_train(*arguments: str, until_step: int | None = None, num_processes: int = 2) -> str:
+    """What train.py says; with until_step all its processes are killed -9 some moments after that step was logged."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    root = Path(shard_opt.__file__).parent
+    job = subprocess.Popen([*command, "train.py", *arguments], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if until_step is None:
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode == 0, said[-3000:]
+        return said
+    [folder] = [Path(word.split("=")[1]) for word in arguments if word.startswith("--out_dir")]
+    log = folder / "it" / "log.jsonl"
+    while not (log.exists() and f'"step": {until_step},' in log.read_text()):
+        assert job.poll() is None, job.communicate()[0][-3000:]
+        time.sleep(0.01)
+    time.sleep(random.Random(until_step).uniform(0, 0.1))
+    os.killpg(job.pid, signal.SIGKILL)
+    return job.communicate()[0]
+
+
+@pytest.mark.faults
+def test_killed_runs_of_train(tmp_path):
+    """train.py with sharded checkpoints, killed -9 three times and resumed on 2, 1 and 2 processes and in other modes:
+    the losses and parameters of an undisturbed run with whole checkpoints, to the bit; sample.py reads it."""
+    import torch.distributed.checkpoint as dcp
+
+    flags = dict(dataset="stories", data_bytes=300_000, vocab_size=400, context_length=32, d_model=32, num_layers=2,
+                 num_heads=2, d_ff=64, batch_size=8, max_steps=200, warmup_steps=5, save_interval=7, eval_interval=100,
+                 log_interval=1, eval_tokens=3000, dtype="float32", optimizer="muon", grad_clip=100)
+    where = [f"--data_dir={tmp_path / 'data'}", "--run_name=it", "--device=cpu"]
+    start = [f"--{name}={value}" for name, value in flags.items()] + where
+    here, whole = f"--out_dir={tmp_path / 'killed'}", f"--out_dir={tmp_path / 'whole'}"
+    run_train(*start, whole, "--shard_opt=fsdp")
+    sharded = [here, "--checkpoint=sharded"]
+    run_train(*start, *sharded, "--shard_opt=fsdp", until_step=20)
+    run_train("--resume", *where, *sharded, "--shard_opt=zero2", until_step=60)
+    run_train("--resume", *where, *sharded, "--shard_opt=zero1", "--ddp=bucketed", "--grad_accum_steps=2",
+              num_processes=1, until_step=110)
+    said = run_train("--resume", *where, *sharded, "--shard_opt=fsdp", "--grad_accum_steps=1")
+    assert int(said.split("from step ")[1].split()[0]) >= 98, said
+    lines = [[{key: line[key] for key in ("step", "train_loss", "val_loss") if key in line}
+              for line in train.read_log(tmp_path / name / "it" / "log.jsonl")] for name in ("killed", "whole")]
+    assert lines[0] == lines[1], "other losses"
+    expected = train.read_checkpoint(train.latest_checkpoint(tmp_path / "whole" / "it"))["model"]
+    found = {name: torch.empty_like(value) for name, value in expected.items()}
+    newest = train.latest_checkpoint(tmp_path / "killed" / "it").with_suffix(".shards")
+    dcp.load({f"model.{name}": value for name, value in found.items()}, checkpoint_id=newest)
+    assert_equal(found, expected, "parameters at the end")
+    assert len(list(newest.parent.glob("*.shards"))) <= 3, "old shards are not removed"
+    sample = [sys.executable, "sample.py", "--max_new_tokens=5", "--run"]
+    texts = [subprocess.run([*sample, str(tmp_path / name / "it")], cwd=Path(shard_opt.__file__).parent, text=True,
+                            capture_output=True, check=True).stdout for name in ("killed", "whole")]
+    assert texts[0] == texts[1], texts
 
 
 def rank_refusals(ranks, source, folders):
