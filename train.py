@@ -132,10 +132,7 @@ class AdamW(torch.optim.Optimizer):
     is about +-1 for a steady gradient of any size, so one lr fits all layers. The same bits as torch.optim.AdamW."""
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1):
-        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"betas must lie in [0, 1), and lr, eps, weight_decay not be negative: {options}")
-        super().__init__(params, options)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -513,7 +510,7 @@ class Place:
     plot: bool = option(False, "draw loss.png at the end (needs matplotlib)")
     dry_run: bool = option(False, "only state parameters, FLOPs, memory, tokens and time")
     overfit_one_batch: bool = option(False, "train on one batch: the loss must fall to nearly 0")
-    profile: bool = option(False, "time the parts of a few steps and write a trace to open in ui.perfetto.dev")
+    profile: bool = option(False, "time the parts of a few steps; write a trace and, on CUDA, a snapshot of memory")
     report: list[str] | None = option(None, "compare finished runs (with --plot: draw runs.png)")
 
     def __post_init__(self):
@@ -852,6 +849,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             model.update_router_biases(all_reduce_sum)
         if profiler and step == 3:  # the first steps are slower than all others
             profiler.start()
+            if device.type == "cuda":
+                torch.cuda.memory._record_memory_history()
 
         if telling:  # reading a loss waits for the device, so it is read only then
             train_loss = all_reduce_sum(sum(loss.item() for loss in losses)) / ranks.world_size  # added in float64
@@ -870,6 +869,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             say(f"{row.key:<25}{max(row.cpu_time_total, row.device_time_total) / 5000:9.1f} ms a step")
         say(rows.table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
         say(f"trace: {trace}, to be opened in ui.perfetto.dev")
+        if device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(trace.with_suffix(".pickle")))  # for pytorch.org/memory_viz
     if log is not None:
         log.close()
         if place.plot:
