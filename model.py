@@ -291,7 +291,7 @@ class MixtureOfExperts(nn.Module):
 
     Left alone, a router feeds the experts that learn first. What balances it is a loss, E sum_e (e's share of choices)
     (mean p_e), which is 1 when all shares are equal ("Switch Transformers", equation 4); or a bias on p that decides
-    the choice and not the gate, and steps up where fewer tokens came (Wang et al. 2024). At -inf it switches off."""
+    the choice and not the gate, and steps up where fewer tokens came (Wang et al. 2024). At -inf the expert is off."""
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e, c, f = config.num_experts, config.d_model, config.d_ff
@@ -551,7 +551,7 @@ class TransformerLM(nn.Module):
                 moe.counts = moe.step_counts = 0.0
         return rows
 
-# --- 7. What it costs: parameters, FLOPs, memory ---
+# --- 8. What it costs: parameters, FLOPs, memory ---
 def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int]:
     """Number of parameters by part; the sum of the values is the model's. active: of those that one token passes.
     >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
