@@ -725,17 +725,16 @@ def test_experts_are_logged(corpus, tmp_path, balance):
             assert sum(layer["load"]) == pytest.approx(1) and max(layer["load"]) * 4 - 1 == pytest.approx(
                 layer["violation"], abs=1e-6) and 0 < layer["entropy"] <= 1, layer
     assert "violation" in train.progress_line(lines[1], 10)
-    train.main(flags(corpus, tmp_path / "whole", *options, "--log_interval=3", "--run_name=seldom"))
-    of_evaluations = lambda name: [line["experts"] for line in read_log(tmp_path / "whole" / name / "log.jsonl")  # noqa: E731
-                                   if "val_loss" in line]
-    assert of_evaluations("seldom") == of_evaluations("cats-1"), "of the validation text alone"
-    train.main(flags(corpus, tmp_path / "whole", *options[::2], "--balance=none", "--run_name=left"))
-    states = [final_state(tmp_path / "whole", name)["model"] for name in ("cats-1", "left")]
-    assert not torch.equal(*(state["layers.1.ffn.router.weight"] for state in states)), "balancing changed nothing"
-    train.main(flags(corpus, tmp_path / "parts", *options))
+    train.main(flags(corpus, tmp_path / "parts", *options, "--log_interval=3"))
     (tmp_path / "parts" / "cats-1" / "checkpoint_00000010.pt").unlink()
     train.main(["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
     assert_equal_runs(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+    seldom = read_log(tmp_path / "parts" / "cats-1" / "log.jsonl")
+    scores = [[line["experts"] for line in some if "val_loss" in line] for some in (lines, seldom)]
+    assert scores[0] == scores[1] and len(scores[0]) == 3, "an evaluation tells of the validation text alone"
+    train.main(flags(corpus, tmp_path / "left", *options[::2], "--balance=none"))
+    states = [final_state(tmp_path / folder)["model"] for folder in ("whole", "left")]
+    assert not torch.equal(*(state["layers.1.ffn.router.weight"] for state in states)), "balancing changed nothing"
 
 def test_profile(corpus, tmp_path, capsys):
     """--profile times forward, backward and optimizer, writes a trace with these names, and leaves no run."""
