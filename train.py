@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -40,7 +41,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, story_nats, write_atomically
+from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, room_for, story_nats
+from bpe import write_atomically, write_json
 from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
@@ -265,7 +267,10 @@ def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimi
     states = [x if isinstance(x, dict) else unwrapped(x).state_dict() for x in (model, optimizer)]
     payload = {"model": states[0], "optimizer": states[1], "iteration": iteration, **extra}
     with contextlib.nullcontext(out) if hasattr(out, "write") else write_atomically(out, "wb") as file:
-        torch.save(payload, file)
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:  # hides the OSError of a full disk
+            raise error.__context__ or error from None
 
 def read_checkpoint(src) -> dict:
     """The payload that save_checkpoint wrote. Only tensors and plain values are unpickled (weights_only), and the
@@ -357,7 +362,7 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
 # --- 7. Writing down what happened ---
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
-    def __init__(self, folder: Path, resume_at: int, to_wandb: bool = False):
+    def __init__(self, folder: Path, resume_at: int, description: dict | None = None, to_wandb: bool = False):
         path, self.lock = folder / "log.jsonl", open(folder / "lock", "w")
         try:
             with contextlib.suppress(ImportError):  # Windows has no fcntl
@@ -365,6 +370,10 @@ class RunLog:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
         except OSError:
             raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name") from None
+        for left in folder.glob("*.[0-9]*.tmp"):  # half-written by a process that was killed
+            left.unlink()
+        if description:  # not before the folder is ours
+            write_json(folder / "config.json", description)
         self.wandb_run = None  # ends with the process
         if to_wandb:
             import wandb
@@ -377,7 +386,8 @@ class RunLog:
 
     def write(self, line: dict) -> None:
         finite = {name: x for name, x in line.items() if not isinstance(x, float) or math.isfinite(x)}  # JSON lacks inf
-        print(json.dumps(finite), file=self.file, flush=True)
+        with room_for(Path(self.file.name)):
+            print(json.dumps(finite), file=self.file, flush=True)
         if self.wandb_run is not None:
             self.wandb_run.log(line, step=line["step"])
 
@@ -386,11 +396,11 @@ class RunLog:
         self.lock.close()
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; one that is not whole (the run was killed while writing it) ends the list."""
+    """The lines of a log.jsonl; one that is not whole, such as a last one that a kill has cut off, is left out."""
     lines = []
-    with contextlib.suppress(json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            lines += [values] if "step" in (values := json.loads(line)) else []
     return lines
 
 def clock(seconds: float) -> str:
@@ -598,9 +608,9 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
         f"{rate / 1e9:,.0f} GFLOP/s here ({device.type})")
 
 # --- 9. The run ---
-def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path, description: dict) -> Path:
-    """Make a run's folder, or take the one that goes on, and write config.json and a copy of the tokenizer into it:
-    a run can be read back when the data is long gone. A folder that holds a run already is refused."""
+def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path) -> Path:
+    """Make a run's folder, or take the one that goes on, and write a copy of the tokenizer into it: a run can be read
+    back when the data is long gone. A folder that holds a run already is refused."""
     if folder is None:
         free = next(n for n in itertools.count(1) if not Path(place.out_dir, f"{dataset}-{n}").exists())
         folder = Path(place.out_dir, place.run_name or f"{dataset}-{free}")
@@ -608,18 +618,18 @@ def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_
             raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("vocab.json", "merges.txt", "tokenizer.json"):
-            (folder / file).write_bytes((tokenizer_dir / file).read_bytes())
-    with write_atomically(folder / "config.json") as file:
-        json.dump(description, file, indent=2)
+            with write_atomically(folder / file, "wb") as copy:
+                copy.write((tokenizer_dir / file).read_bytes())
     return folder
 
 def read_config(folder: Path) -> dict:
     """What config.json says of a run: preset, tokenizer_hash, model, train."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return {**stored, "model": {**stored["model"]}, "train": {**stored["train"]}}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: no run to resume or report here; python train.py starts one") from None
+        ModelConfig(**stored["model"]), TrainConfig(**stored["train"])  # raise where it is damaged
+        return stored
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{folder}: no run to resume or report, or a damaged config.json; start a new one") from None
 
 def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path | None]:
     """Model and training configuration: defaults < preset < typed flags; or the stored ones of a run that goes on."""
@@ -701,7 +711,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     payload = read_checkpoint(path) if path else {}
     if path and payload.get("tokenizer_hash") != tokenizer.hash():
         raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
-    if path and payload.get("config") != dataclasses.asdict(model_config):
+    if path and ModelConfig(**payload.get("config", {})) != model_config:
         raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
     if folder and not path:
         say(f"{folder}: no checkpoint yet, so from the beginning")
@@ -740,9 +750,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if recording:
         description = {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
                        "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
-        folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir, description),
+        folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir),
                            "making the run's folder")
-    log = RunLog(folder, step if path else -1, to_wandb=place.wandb) if recording and ranks.rank == 0 else None
+    log = RunLog(folder, step if path else -1, description, place.wandb) if recording and ranks.rank == 0 else None
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads"
         + f"; {by_muon:,} of them by Muon" * (by_muon > 0))
@@ -750,7 +760,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         f"{length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
-    received: list[int] = []
+    received, parent = [], os.getppid()  # another parent, later: torchrun was killed, and nobody ends its ranks
     def note(number: int, frame) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
@@ -772,7 +782,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     while True:
         # Between two steps: evaluate, save, stop.
         pause = time.perf_counter()
-        stopping, last = all_reduce_sum(float(len(received))) > 0, step >= config.max_steps
+        orphaned = ranks.world_size > 1 and os.getppid() != parent
+        stopping, last = all_reduce_sum(float(orphaned or bool(received))) > 0, step >= config.max_steps
         fresh = recording and step != resumed_at  # what a run has just read of a checkpoint was scored when it wrote it
         if fresh and (step % config.eval_interval == 0 or last):
             model.attention = None  # without gradients each rank has room for whole sequences
