@@ -17,10 +17,10 @@ the bytes and makes a new token of the pair of neighbours that is most frequent,
 
 The first prints merges as they are made, and in the end how a line of Python is cut (Ġ is a space): f|or|Ġline|Ġin|...
 
-    1. Pre-tokens: where a text may be cut     5. Training on a file            9. A built-in corpus: arithmetic
-    2. Training: the definition                6. The tokenizer                 10. Corpora, to token arrays
-    3. Training: the same, faster              7. From text to token arrays     11. The command line
-    4. Long texts: chunks, workers, files      8. A built-in corpus: stories
+    1. Pre-tokens: where a text may be cut    5. Long texts: chunks, workers, files    9. A built-in corpus: stories
+    2. Training: the definition               6. Training on a file                  10. A built-in corpus: arithmetic
+    3. Training: the same, faster             7. The tokenizer                       11. Corpora, to token arrays
+    4. Training: fastest, in arrays           8. From text to token arrays           12. The command line
 """
 
 import argparse
@@ -95,8 +95,8 @@ def border_flags(text: np.ndarray) -> np.ndarray:
 
 def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
     """Block by block: the distinct pieces of a UTF-8 text, and for each place in turn which one of them stands there.
-    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; longer ones are
-    numbered by a dict. Sorting by a hash brings equal ones together, cheaper than a look into a dict for each."""
+    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; sorting by a hash of
+    them is cheaper than a look into a dict for each. A piece of more than 16 bytes counts as different from all."""
     pattern = special_pattern(special_tokens).pattern.encode("utf-8")
     marks = regex.sub(pattern, lambda match: b"\xff".ljust(len(match[0]), b"\xfe"), text)
     outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # no UTF-8 text has the byte 255
@@ -113,10 +113,8 @@ def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tupl
         words = np.ndarray((len(block) + 8,), "<u8", block + b"\xff" * 16, strides=(1,))  # the 8 bytes from each place
         head = words[start] | outside[np.minimum(length, 8)]
         tail = words[start + 8] | outside[np.clip(length - 8, 0, 8)]
-        numbers: dict[bytes, int] = {}
-        for place in np.flatnonzero(length > 16).tolist():
-            piece = block[start[place] : start[place] + length[place]]
-            head[place], tail[place] = numbers.setdefault(piece, len(numbers)), (1 << 64) - 2  # which is no text
+        long = np.flatnonzero(length > 16)
+        head[long], tail[long] = long, (1 << 64) - 2  # which is no text
         bits = len(start).bit_length()
         order = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits  # a hash of the piece
         order = np.sort(order | np.arange(len(start), dtype=np.uint64)) & ((1 << bits) - 1)  # and the place
@@ -137,15 +135,11 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
     {'low': 1, ' low': 2, ' lower': 1}
     """
-    pieces, counts = Counter(), Counter()
-    for distinct, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
-        for piece, count in zip(distinct, np.bincount(which).tolist()):
-            pieces[piece] += count
-    for special in special_tokens:
-        pieces.pop(special.encode("utf-8"), None)
-    for piece, count in pieces.items():
-        for pretoken in pretokens_of(piece):
-            counts[pretoken.decode("utf-8")] += count
+    counts, specials = Counter(), [special.encode("utf-8") for special in special_tokens]
+    for pieces, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
+        for piece, count in zip(pieces, np.bincount(which).tolist()):
+            for pretoken in pretokens_of(piece) if piece not in specials else ():
+                counts[pretoken.decode("utf-8")] += count
     return dict(counts)
 
 # --- 2. Training: the definition ---
@@ -231,11 +225,6 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 # twenty at a time: pairs that cannot overlap leave each other's counts alone. Only a new pair may come between two of
 # them; whether one is as frequent as the next is seen beforehand, and then the batch ends there.
 BATCH = 128  # merges made together, at most: with 1 the training takes three times as long
-def every_second(begins: np.ndarray) -> np.ndarray:
-    """Marks the first, third, fifth, ... of each run; `begins` says where runs begin."""
-    index = np.arange(len(begins))
-    return (index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0
-
 def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
                      on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
     """The merges of train_naive. on_merge hears of each and its count."""
@@ -309,8 +298,9 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
         at, which = np.concatenate(at), np.repeat(np.arange(len(at)), [len(one) for one in at])
         here = pair_at[at] == np.array(pairs)[which]  # some have been merged with their other neighbour since
         at, which = at[here], which[here]
-        begins = np.append(True, (after[at[:-1]] != at[1:]) | np.diff(which) > 0)
-        here = every_second(begins)  # a a a holds two such pairs, of which the first is merged
+        index = np.arange(len(at))  # a a a holds two such pairs, of which the first is merged: in a run every second
+        begins = np.append(True, (after[at[:-1]] != at[1:]) | (which[:-1] != which[1:]))
+        here = (index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0
         at, which = at[here], which[here]
         gone = after[at]
         beyond, ahead = after[gone], before[at]
@@ -342,7 +332,7 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
         push(new[counts[new] >= threshold])
     return merges
 
-# --- 4. Long texts: chunks, workers, files ---
+# --- 5. Long texts: chunks, workers, files ---
 CHUNK_BYTES = 4_000_000  # one task of a worker: less than a second, some 100 MB of memory
 def text_size(path: PathLike) -> int:
     try:
@@ -503,7 +493,7 @@ def file_identity(path: Path) -> dict:
     """Tells a changed text from an unchanged one without reading gigabytes."""
     return {"file": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
-# --- 5. Training on a file ---
+# --- 6. Training on a file ---
 class Kept:
     """A value in a file, written once a minute and in the end, behind a checksum; a damaged one counts as missing."""
     def __init__(self, path: Path | None, value: Any) -> None:
@@ -793,9 +783,7 @@ class Tokenizer:
             vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
             lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
             version = lines.pop(0) if lines[0][:1] in ("#", "") else VERSION
-            content = _from_printable(vocab, [line.split(" ") for line in lines if line])
-            _check(version, *content)
-            return cls(*content, special_tokens)
+            return cls(*_from_printable(vocab, [line.split(" ") for line in lines if line], version), special_tokens)
 
     @classmethod
     def load(cls, directory: PathLike) -> "Tokenizer":
@@ -807,21 +795,14 @@ class Tokenizer:
             plain = {"BPE", "ByteLevel"} == {model.get("type", "BPE"), splitter["type"]} and not theirs["normalizer"]
             if not plain or splitter["add_prefix_space"] or not splitter.get("use_regex", True):
                 raise UserError(f"{path} is no plain byte-level BPE: one with a normalizer or splitter cannot be used")
-            specials = {token["id"]: token["content"] for token in theirs["added_tokens"]}
-            ordinary = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
+            specials, character = {token["id"]: token["content"] for token in theirs["added_tokens"]}, printable_bytes()
+            vocab = {token: token_id for token, token_id in model["vocab"].items() if token_id not in specials}
+            for token_id, special in specials.items():
+                vocab["".join(character[byte] for byte in special.encode("utf-8"))] = token_id
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # old files, new
-            vocab, merges = _from_printable(ordinary, pairs)
-            vocab |= {token_id: special.encode("utf-8") for token_id, special in specials.items()}
             beside = path.with_name("merges.txt")
-            _check(beside.read_text(encoding="utf-8").split("\n")[0] if beside.exists() else VERSION, vocab, merges)
-            return cls(vocab, merges, specials.values())
-
-VERSION = "#version: 0.2"  # the first line of GPT-2's merges.txt; save() adds a checksum
-def _check(version: str, vocab: Mapping[int, bytes], merges: list[Pair]) -> None:
-    """An exception where ids fit in no array, or the first line of merges.txt tells of another content."""
-    ours = version == f"{VERSION} sha256:{Tokenizer(vocab, merges).hash()}"
-    if not (0 <= min(vocab) <= max(vocab) < 1 << 31 and (ours or version == VERSION or "huggingface" in version)):
-        raise ValueError("damaged")
+            version = beside.read_text(encoding="utf-8").split("\n")[0] if beside.exists() else VERSION
+            return cls(*_from_printable(vocab, pairs, version), specials.values())
 
 @contextlib.contextmanager
 def _explained(files: Any) -> Iterator[None]:
@@ -834,15 +815,21 @@ def _explained(files: Any) -> Iterator[None]:
     except Exception:  # JSON from nowhere can hold anything
         raise UserError(f"{files} is damaged or not of a tokenizer: restore it, or train the tokenizer anew") from None
 
-def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]]) -> tuple[dict[int, bytes], list[Pair]]:
-    """Vocabulary and merges as bytes again; an exception where they are not what save() writes."""
+VERSION = "#version: 0.2"  # the first line of GPT-2's merges.txt; save() adds a checksum
+def _from_printable(vocab: dict[str, int], pairs: Iterable[Sequence[str]],
+                    version: str) -> tuple[dict[int, bytes], list[Pair]]:
+    """Vocabulary and merges as bytes again; an exception where ids fit in no array, or version, the first line of
+    merges.txt, tells of another content."""
     byte_of = {character: byte for byte, character in printable_bytes().items()}
     tokens = {int(token_id): bytes(byte_of[character] for character in token) for token, token_id in vocab.items()}
-    if not 0 < len(tokens) == len(vocab):
-        raise ValueError("no token at all, or one id for several")
-    return tokens, [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
+    merges = [tuple(bytes(byte_of[sign] for sign in token) for token in (left, right)) for left, right in pairs]
+    valid = len(tokens) == len(vocab) > 0 <= min(tokens) <= max(tokens) < 1 << 31
+    if not (valid and (version == VERSION or "huggingface" in version
+                       or version == f"{VERSION} sha256:{Tokenizer(tokens, merges).hash()}")):
+        raise ValueError("damaged")
+    return tokens, merges
 
-# --- 7. From text to token arrays ---
+# --- 8. From text to token arrays ---
 def encode_chunk(tokenizer: Tokenizer, dtype: str, path: Path, start: int, end: int) -> bytes:
     return tokenizer.encode_array(read_text(path, start, end)).astype(dtype).tobytes()
 
@@ -885,7 +872,7 @@ def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
         raise UserError(f"{npy_path} was not encoded with this tokenizer, or is damaged: {again}")
     return tokens
 
-# --- 8. A built-in corpus: stories ---
+# --- 9. A built-in corpus: stories ---
 # Children's stories of about 130 words, drawn from a grammar with memory: a `{name}` is drawn once a story, every
 # row of its rule equally likely, and says the same whenever it comes back. That memory is what a model has to learn.
 #   name = red blue dark_green;    a list of words (`_` is a space)       name: row | row;    a list of phrases
@@ -1149,7 +1136,7 @@ def story_nats(text: str) -> float:
         raise ValueError("this text is not one of the built-in stories: the grammar cannot write it")
     return nats
 
-# --- 9. A built-in corpus: arithmetic ---
+# --- 10. A built-in corpus: arithmetic ---
 # Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
 # of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
 NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
@@ -1196,7 +1183,7 @@ def arithmetic(seed: int, first: int = 0) -> Iterator[str]:
     for problem in arithmetic_problems(seed, first):
         yield f"{problem.question}\n{problem.work}\nAnswer: {problem.answer}"
 
-# --- 10. Corpora, to token arrays ---
+# --- 11. Corpora, to token arrays ---
 TINY = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 OWT = "https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -1395,7 +1382,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
                 say(f"tokens: {npy}, {count:,} tokens of {speed}")
     return Prepared(name, *texts, *arrays, tokenizer_dir)
 
-# --- 11. The command line ---
+# --- 12. The command line ---
 def peak_memory_bytes(num_workers: int | None) -> int:
     """The most that this process and all its workers can have held, each as much as the greatest; 0 if unknown."""
     try:

