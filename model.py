@@ -324,7 +324,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, 
 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
-    """The attention that all layers of one forward pass share; `is_causal` promises that the mask is the triangle.
+    """The attention that all layers of one forward pass share. `is_causal` promises that the mask is a triangle or,
+    of one query, empty.
     positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
     Who sees whom is flash.visible's to say: nothing later, nothing of another segment, never padding.
     naive   the definition of section 2: writes the (B, H, T, S) scores to memory, several times
@@ -334,14 +335,14 @@ def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = No
     if kind == "auto":
         kind = "flash" if positions.is_cuda else "sdpa"
     if kind == "sdpa" and is_causal:
-        return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        return partial(F.scaled_dot_product_attention, is_causal=positions.shape[-1] > 1, enable_gqa=True)
     from flash import flash_attention, visible
     kv_positions = positions if kv_positions is None else kv_positions
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     if kind == "flash":
         places = dict(positions=positions, segment_ids=segment_ids)
         places |= dict(kv_positions=kv_positions, kv_segment_ids=kv_segment_ids)
-        return flash_attention if is_causal else partial(flash_attention, **places)
+        return partial(flash_attention, **({"causal": positions.shape[-1] > 1} if is_causal else places))
     mask = visible(positions, kv_positions, segment_ids, kv_segment_ids)  # (T, S) or (B, T, S)
     mask = mask.view(-1, 1, *mask.shape[-2:])  # (1 or B, 1, T, S), the second 1 standing for the heads
     # subtle: what a query without keys gets is left to each fused kernel. It is shown all keys, and cleared after.
@@ -381,7 +382,7 @@ class KVCache:
         self.values = torch.empty_like(self.keys)  # (num_layers, B, G, context_length, D)
         self.positions = torch.zeros(batch_size, config.context_length, dtype=torch.long, device=device)
         self.segment_ids = torch.zeros_like(self.positions)  # (B, context_length)
-        self.length = 0
+        self.length, self.is_plain = 0, True
 
     def bytes_per_token(self) -> int:
         """Bytes that one more token of one row occupies, over all layers."""
@@ -396,6 +397,8 @@ class KVCache:
         if self.length + num_tokens > capacity:
             raise ValueError(f"the cache holds {self.length} tokens and cannot take {num_tokens} more: set length to 0")
         new = slice(self.length, self.length + num_tokens)
+        # Plain is one document without padding: the last token sees all others.
+        self.is_plain = (self.is_plain or self.length == 0) and positions is None and segment_ids is None
         self.segment_ids[:, new] = 0 if segment_ids is None else segment_ids  # (B, T)
         if positions is None:  # padding in front keeps the position -1, where nobody looks, so that a text starts at 0
             last = self.positions[:, self.length - 1 : self.length] if self.length else -1  # (B, 1)
@@ -496,10 +499,11 @@ class TransformerLM(nn.Module):
         num_rows, num_tokens = token_ids.shape
         if num_tokens > self.config.context_length:
             raise ValueError(f"{num_tokens} tokens do not fit into the context length {self.config.context_length}")
-        is_causal, keys = positions is None and segment_ids is None and cache is None, (None, None)
+        is_causal, keys = positions is None and segment_ids is None, (None, None)
         assert cache is None or self.attention is None, "a cache goes with the local attention only, got another one"
         if cache is not None:
             cache.reserve(num_rows, num_tokens, positions, segment_ids)
+            is_causal = cache.is_plain and num_tokens in (1, cache.length)  # no mask: 5 % of a decoded token
             keys = (cache.positions[:, : cache.length], cache.segment_ids[:, : cache.length])  # (B, S) each
             positions, segment_ids = (x[:, -num_tokens:] for x in keys)  # (B, T) each
         elif positions is None:

@@ -76,10 +76,8 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
     Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
     row has filled the window. `timings` receives tokens and seconds of prefill and decode.
-
     A model trained with doc_mask reads documents as it was taught them: stop_id ends one, and what follows sees nothing
     before itself and counts from position 0.
-
     The model sees the last tokens that fit its context. A full window keeps its last half, reads it again and grows
     anew, with a cache as without: sliding by one token would change every position and make the cache worthless."""
     capacity, vocab_size, parameter = model.config.context_length, model.config.vocab_size, next(model.parameters())
@@ -91,6 +89,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     is_gap = torch.arange(window.shape[1]) < torch.tensor(gaps)[:, None]  # (B, T)
     boundary = stop_id if model.config.doc_mask and stop_id is not None else -1  # no token has the id -1
     window, is_gap = (x[:, -capacity:].to(parameter.device) for x in (window, is_gap))  # (B, T)
+    plain = boundary == -1 and not is_gap.any()  # one document a row: places are the model's defaults
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
     cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype) if use_cache else None
@@ -101,7 +100,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         start = time.perf_counter()
         num_new = 1 if cache is None else window.shape[1] - cache.length
         new = slice(0 if cache is None else cache.length, None)  # without a cache all tokens are new each time
-        places = {name: x[:, new] for name, x in document_places(window, boundary, is_gap).items()}  # (B, T) each
+        places = {} if plain else {name: x[:, new] for name, x in document_places(window, boundary, is_gap).items()}
         hidden = model.forward_hidden(window[:, new], **places, cache=cache)  # (B, T, C)
         logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
@@ -169,8 +168,7 @@ def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bo
     bound = num_samples / seconds_to_read(num_bytes, some.device)
     parts.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
     if use_cache:
-        cache = KVCache(model.config, batch_size=1, device="meta", dtype=some.dtype)
-        parts.append(f"cache {cache.bytes_per_token():,} bytes a token")
+        parts.append(f"cache {KVCache(model.config, 1, device='meta', dtype=some.dtype).bytes_per_token():,} bytes a token")
     return "; ".join(parts)
 
 # --- 5. Command line ---
@@ -209,10 +207,8 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      prog="sample.py", allow_abbrev=False)
-
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
-
     parser.error = refuse  # one sentence for every mistake, where argparse would print all flags first
     parser.add_argument("--run", type=Path, help="a run's folder (default: the newest in runs)")
     parser.add_argument("--prompt", default="", help="how the text begins (default: nothing, a new text)")
