@@ -19,3 +19,4 @@ if not torch.cuda.is_available() and "triton" not in sys.modules and "TRITON_INT
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="how often tests/test_faults.py kills a run (default: 10)")
     parser.addoption("--flips", type=int, default=300, help="how many bytes of a file it changes, one a time")
+    parser.addoption("--full", action="store_true", help="its long runs and long lines in full length: some minutes")
