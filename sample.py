@@ -161,14 +161,13 @@ def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bo
     """Speed reached, and the speed that memory allows: one token reads every weight but the embedding table once."""
     counted = [(kind, timings[f"{kind}_tokens"], timings[f"{kind}_seconds"]) for kind in ("prefill", "decode")]
     parts = [f"{kind} {n:,} tokens, {n / seconds:,.0f} tokens/s" for kind, n, seconds in counted if n]
-    weights = {name: p for name, p in model.named_parameters() if name != "token_embeddings.weight"}
-    if model.config.tie_embeddings:  # named once, as embeddings
-        weights["lm_head.weight"] = model.lm_head.weight
-    num_bytes, some = sum(p.nbytes for p in weights.values()), model.lm_head.weight
+    some = model.lm_head.weight  # perhaps the embedding table, too
+    num_bytes = some.nbytes + sum(p.nbytes for part in (model.layers, model.ln_final) for p in part.parameters())
     bound = num_samples / seconds_to_read(num_bytes, some.device)
     parts.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
     if use_cache:
-        parts.append(f"cache {KVCache(model.config, 1, device='meta', dtype=some.dtype).bytes_per_token():,} bytes a token")
+        per_token = KVCache(model.config, 1, device="meta", dtype=some.dtype).bytes_per_token()
+        parts.append(f"cache {per_token:,} bytes a token")
     return "; ".join(parts)
 
 # --- 5. Command line ---

@@ -3,14 +3,21 @@
     python tests/bench_train.py                                      both shapes, three minutes
     python tests/bench_train.py --shapes baseline --dtype bfloat16   under autocast; only where the CPU multiplies it
     python tests/bench_train.py --table where                        our step by part
+    python tests/bench_train.py --table run                          around the steps: loader, start, growth; a minute
+    python tests/bench_train.py --log runs/stories-1/log.jsonl       what a run spent outside its steps
     python tests/bench_train.py --json train.json
 
 step    forward, loss, backward, clipping, optimizer, on the same batch, parameters in float32. Both sides take turns in
         one process, so that whatever else the machine does hits both; compared are medians of paired ratios. The peer
         has torch's fused AdamW. Peak memory is measured in a process of its own for each side.
 where   seconds of the parts of our step, each timed alone
+run     the loader beside a step of the default run; train.py --help beside `import torch`; from the command to the
+        first step, data there; the first 100 of 2,000 steps of a small run beside the last 100
+log     seconds of a run less those of its steps: evaluations, checkpoints, log lines
 
-Aims: 1.2 times the peer's tokens/s in float32, 1.5 times in bfloat16, at most 0.8 of its peak memory.
+Aims: loader under 2 % of a step, outside the steps under 5 % of the default run, --help within 0.4 s of `import torch`,
+the first step within 5 s, no growth.
+Aims of a step: 1.2 times the peer's tokens/s in float32, 1.5 times in bfloat16, at most 0.8 of its peak memory.
 """
 
 import argparse
@@ -18,13 +25,16 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +42,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bench_sample import peer_of, summary  # noqa: E402
 
-from model import ModelConfig, TransformerLM  # noqa: E402
-from train import AdamW, clip_gradients, linear_cross_entropy, parameter_groups  # noqa: E402
+from model import PRESETS, ModelConfig, TransformerLM  # noqa: E402
+from train import AdamW, clip_gradients, get_batch, linear_cross_entropy, parameter_groups  # noqa: E402
 
 SHAPES = {"baseline": {}, "deeper": dict(d_model=384, num_layers=6, num_heads=6)}
 
@@ -152,20 +162,86 @@ def where_time_goes(config: ModelConfig, args: argparse.Namespace) -> dict[str, 
     medians["blocks, both ways"] = medians["forward and backward"] - medians["lm_head and loss"]
     return medians
 
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+def loader_share() -> dict[str, float]:
+    """Median seconds of a batch and of a step of the default run on a CPU: 16 windows that begin with a document."""
+    config, batch_size = ModelConfig(**PRESETS["laptop"]), 16
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, 5_000_000, dtype=np.uint16)
+    tokens[::200] = 0
+    starts = np.flatnonzero(tokens[: -config.context_length] == 0)
+    step, rng = our_step(config, batch_size, "float32"), np.random.default_rng(0)
+    load = partial(get_batch, tokens, batch_size, config.context_length, "cpu", rng=rng, starts=starts)
+    pairs = [(seconds_of(load), seconds_of(step)) for _ in range(30)][5:]
+    batch, whole = (statistics.median(values) for values in zip(*pairs))
+    return {"batch_seconds": batch, "step_seconds": whole, "share": batch / (batch + whole)}
+
+def train_command(folder: Path, *flags: str) -> list[str]:
+    small = ["--vocab_size=300", "--context_length=32", "--d_model=32", "--num_layers=1", "--num_heads=2"]
+    places = [f"--dataset={folder / 'text.txt'}", f"--data_dir={folder / 'data'}", f"--out_dir={folder}"]
+    more = ["--batch_size=4", "--eval_interval=100000", "--save_interval=100000", "--device=cpu", *flags]
+    return [sys.executable, str(ROOT / "train.py"), *places, *small, *more]
+
+def run_quietly(command: list[str]) -> None:
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+def log_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+def around_the_steps() -> dict[str, dict[str, float]]:
+    """What a user waits for beside the steps: each row of `--table run`."""
+    torch_alone, with_help = [sys.executable, "-c", "import torch"], [sys.executable, str(ROOT / "train.py"), "--help"]
+    pairs = [(seconds_of(partial(run_quietly, torch_alone)), seconds_of(partial(run_quietly, with_help)))
+             for _ in range(6)][1:]  # fmt: skip
+    results = {"loader": loader_share(),
+               "help": {"import_torch_seconds": statistics.median(a for a, _ in pairs),
+                        "more_seconds": statistics.median(b - a for a, b in pairs)}}  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text.txt").write_text("the cat sat on the mat and looked at the dog. " * 3000, encoding="utf-8")
+        run_quietly(train_command(folder, "--max_steps=1", "--run_name=data"))
+        starts = [seconds_of(partial(run_quietly, train_command(folder, "--max_steps=1", f"--run_name=start{i}")))
+                  for i in range(3)]  # fmt: skip
+        results["start"] = {"seconds": statistics.median(starts)}
+        run_quietly(train_command(folder, "--max_steps=2000", "--log_interval=1", "--run_name=long"))
+        speeds = [line["tokens_per_second"] for line in log_lines(folder / "long/log.jsonl") if "train_loss" in line]
+        first, last = (4 * 32 / statistics.median(part) for part in (speeds[:100], speeds[-100:]))
+        results["growth"] = {"first_100_seconds": first, "last_100_seconds": last, "ratio": last / first}
+    return results
+
+def outside_the_steps(path: Path) -> dict[str, float]:
+    """Seconds of a whole run from its log, and those that its steps took at the speeds noted there."""
+    lines = log_lines(path)
+    told = [line for line in lines if "train_loss" in line]
+    tokens = [line["tokens"] for line in told]
+    steps = sum((n - before) / line["tokens_per_second"] for before, n, line in zip([0, *tokens], tokens, told))
+    return {"seconds": lines[-1]["seconds"], "in_steps": steps, "outside_share": 1 - steps / lines[-1]["seconds"]}
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("all", "step", "where"), default="all", help="default: %(default)s")
+    parser.add_argument("--table", choices=("all", "step", "where", "run"), default="all", help="all: step, where")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: both")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of 256 tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of steps (default: %(default)s)")
+    parser.add_argument("--log", type=Path, help="only this: a run's log.jsonl")
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
           f"{args.batch_size} x 256 tokens")  # fmt: skip
     results: dict[str, dict] = {}
-    for shape in args.shapes:
+    if args.log:
+        r = results["log"] = outside_the_steps(args.log)
+        print(f"{args.log}: {r['seconds']:.1f} s, {r['in_steps']:.1f} in steps, {r['outside_share']:.1%} outside")
+    elif args.table == "run":
+        results = around_the_steps()
+        for row, values in results.items():
+            print(f"  {row:8}" + "   ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
+    for shape in [] if args.log or args.table == "run" else args.shapes:
         config = ModelConfig(**SHAPES[shape])
         name, results[shape] = f"{shape} ({config.num_layers} x {config.d_model})", {}
         if args.table != "where":
