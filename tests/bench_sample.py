@@ -6,6 +6,7 @@
 tokens/s     of all rows together, while decoding: the time for many tokens less that for one, over the tokens between
 first token  seconds until the first token of a prompt of --prompt_tokens
 bound        what the memory allows: every step reads all weights but the embedding table, see sample.seconds_to_read
+products     what torch's matrix products allow: the same weights times random rows, and nothing else
 
 Both sides draw at temperature 1 from all of the vocabulary, with a cache. Rounds take turns, so that whatever else the
 machine does hits both; compared are medians of paired ratios, with their quartiles.
@@ -26,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model import ModelConfig, TransformerLM  # noqa: E402
+from model import Linear, ModelConfig, TransformerLM  # noqa: E402
 from sample import generate, seconds_to_read  # noqa: E402
 
 SIDES = ("ours", "peer")
@@ -48,6 +49,13 @@ def seconds_of(write: Callable[[int], None], num_tokens: int) -> float:
     start = time.perf_counter()
     write(num_tokens)
     return time.perf_counter() - start
+
+@torch.inference_mode()
+def seconds_of_products(model: TransformerLM, batch_size: int) -> float:
+    """Median seconds of the products of one decoded token a row, by the layers themselves."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    pairs = [(layer, torch.randn(batch_size, 1, layer.weight.shape[1])) for layer in layers]
+    return statistics.median(seconds_of(lambda _: [layer(x) for layer, x in pairs], 0) for _ in range(30))
 
 def summary(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -88,6 +96,7 @@ def compare(config: ModelConfig, batch_size: int, args: argparse.Namespace) -> d
         "first_token_ratio": summary([a / b for a, b in zip(first["peer"], first["ours"])]),
         "bound_tokens_per_second": bound,
         "share_of_bound": statistics.median(speed["ours"]) / bound,
+        "products_tokens_per_second": batch_size / seconds_of_products(ours, batch_size),
     }
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     config = ModelConfig(d_model=args.d_model, num_layers=args.num_layers, num_heads=args.num_heads)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'batch':>5}{'ours':>9}{'peer':>9} tokens/s  ratio (quartiles)   of bound   first token: ours  peer  ratio")
+    print(f"{'batch':>5}{'ours':>9}{'peer':>9} tokens/s  ratio (quartiles)   of bound  products   first token: ours  "
+          "peer  ratio")
     results = []
     for batch_size in args.batch_sizes:
         r = compare(config, batch_size, args)
@@ -114,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         ratio = r["speed_ratio"]
         print(f"{batch_size:5}{speed[0]:9,.0f}{speed[1]:9,.0f}{ratio['median']:17.2f} "
               f"({ratio['quartile1']:.2f} - {ratio['quartile3']:.2f}){r['share_of_bound']:11.0%}"
+              f"{r['products_tokens_per_second']:10,.0f}"
               f"{1e3 * first[0]:15.1f}{1e3 * first[1]:7.1f} ms{r['first_token_ratio']['median']:6.2f}")
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1), encoding="utf-8")
