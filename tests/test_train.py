@@ -857,7 +857,7 @@ def train_in_group(ranks: Ranks, runs: list[list[str]]) -> None:
 def test_experts_on_two_processes(corpus, tmp_path):
     """With experts, two processes have the losses and loads of one with two micro-batches: to the bit under bucketed,
     zero1 and fsdp (here with checkpointed activations), to rounding in context parallelism; and the same biases."""
-    options = ("--num_experts=4", "--grad_clip=100", "--log_interval=2", "--max_steps=6")
+    options = ("--num_experts=4", "--grad_clip=100", "--log_interval=2", "--max_steps=4", "--save_interval=9")
     modes = {"loss": {"loss-bucketed": ["--ddp=bucketed"],
                       "loss-fsdp": ["--shard_opt=fsdp", "--checkpoint_activations"]},
              "bias": {"bias-zero1": ["--ddp=bucketed", "--shard_opt=zero1"],
