@@ -117,7 +117,7 @@ def rank_serve(ranks, folder):
     for number in itertools.count():
         path = Path(folder, f"{number}.job")
         while not path.exists():
-            time.sleep(0.003)
+            time.sleep(0.015)  # an idle team takes no time from the one that works
         function, arguments = pickle.loads(path.read_bytes())
         if function is None:
             return number
@@ -592,8 +592,8 @@ def rank_fails(ranks, folder, how):
     ("how", "words"),
     [
         ("raise", "rank 0 stops because rank 1 failed: KeyError: 'bad batch'"),
-        ("kill", "rank 0 stops because there is no answer from rank 1 (killed, hanging or waiting): "),
         ("barrier", "rank 1 (killed, hanging or waiting): waited in vain for the checkpoint: [Rank 0]: Ranks 1 failed"),
+        pytest.param("kill", "rank 0 stops because there is no answer from rank 1 (killed,", marks=pytest.mark.faults),
         pytest.param("leave", "rank 0 stops because there is no answer from rank 1", marks=pytest.mark.faults),
         pytest.param("hang", "rank 0 stops because there is no answer from rank 1", marks=pytest.mark.faults),
         pytest.param("finish", "rank 0 stops because rank 1 had already finished", marks=pytest.mark.faults),
