@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -191,26 +191,25 @@ def run_quietly(command: list[str]) -> None:
 def log_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-def around_the_steps() -> dict[str, dict[str, float]]:
-    """What a user waits for beside the steps: each row of `--table run`."""
+def around_the_steps() -> Iterator[tuple[str, dict[str, float]]]:
+    """What a user waits for beside the steps: the rows of `--table run`, as they are measured."""
     torch_alone, with_help = [sys.executable, "-c", "import torch"], [sys.executable, str(ROOT / "train.py"), "--help"]
     pairs = [(seconds_of(partial(run_quietly, torch_alone)), seconds_of(partial(run_quietly, with_help)))
-             for _ in range(6)][1:]  # fmt: skip
-    results = {"loader": loader_share(),
-               "help": {"import_torch_seconds": statistics.median(a for a, _ in pairs),
-                        "more_seconds": statistics.median(b - a for a, b in pairs)}}  # fmt: skip
+             for _ in range(4)][1:]  # fmt: skip
+    yield "help", {"import_torch_seconds": statistics.median(a for a, _ in pairs),
+                   "more_seconds": statistics.median(b - a for a, b in pairs)}  # fmt: skip
+    yield "loader", loader_share()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_text("the cat sat on the mat and looked at the dog. " * 3000, encoding="utf-8")
         run_quietly(train_command(folder, "--max_steps=1", "--run_name=data"))
         starts = [seconds_of(partial(run_quietly, train_command(folder, "--max_steps=1", f"--run_name=start{i}")))
                   for i in range(3)]  # fmt: skip
-        results["start"] = {"seconds": statistics.median(starts)}
+        yield "start", {"seconds": statistics.median(starts)}
         run_quietly(train_command(folder, "--max_steps=2000", "--log_interval=1", "--run_name=long"))
         speeds = [line["tokens_per_second"] for line in log_lines(folder / "long/log.jsonl") if "train_loss" in line]
         first, last = (4 * 32 / statistics.median(part) for part in (speeds[:100], speeds[-100:]))
-        results["growth"] = {"first_100_seconds": first, "last_100_seconds": last, "ratio": last / first}
-    return results
+        yield "growth", {"first_100_seconds": first, "last_100_seconds": last, "ratio": last / first}
 
 def outside_the_steps(path: Path) -> dict[str, float]:
     """Seconds of a whole run from its log, and those that its steps took at the speeds noted there."""
@@ -238,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
         r = results["log"] = outside_the_steps(args.log)
         print(f"{args.log}: {r['seconds']:.1f} s, {r['in_steps']:.1f} in steps, {r['outside_share']:.1%} outside")
     elif args.table == "run":
-        results = around_the_steps()
-        for row, values in results.items():
+        for row, values in around_the_steps():
+            results[row] = values
             print(f"  {row:8}" + "   ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
     for shape in [] if args.log or args.table == "run" else args.shapes:
         config = ModelConfig(**SHAPES[shape])
