@@ -274,10 +274,10 @@ def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimi
 
 def read_checkpoint(src) -> dict:
     """The payload that save_checkpoint wrote. Only tensors and plain values are unpickled (weights_only), and the
-    archive's own checksums are verified first: torch.load checks none, and a flipped bit would load as a weight."""
+    archive's checksums are verified first: torch.load checks none, and reads zeros where an attribute says folder."""
     try:
         with zipfile.ZipFile(src) as archive:
-            if damaged := archive.testzip():
+            if damaged := archive.testzip() or [i.filename for i in archive.infolist() if i.external_attr]:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         if hasattr(src, "seek"):
             src.seek(0)
