@@ -185,7 +185,7 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
         raise UserError(f"{folder}: no run with a checkpoint here; python train.py makes one, --run names it")
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip() or [i.filename for i in archive.infolist() if i.external_attr]:  # torch.load verifies no checksums
+            if damaged := archive.testzip() or [i.filename for i in archive.infolist() if i.external_attr]:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         payload = torch.load(path, map_location="cpu", weights_only=True)
         model = TransformerLM(ModelConfig(**payload["config"]))

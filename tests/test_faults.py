@@ -46,7 +46,8 @@ from bpe import END_OF_TEXT, Tokenizer, UserError, encode_file, load_tokens, tra
 from model import ModelConfig, TransformerLM
 from train import AdamW, latest_checkpoint, load_checkpoint, read_checkpoint, read_log, save_checkpoint
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults,
+              pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc, which Linux has")]
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -719,6 +720,22 @@ def test_damaged_files_of_a_run(small, tmp_path, name, request):
         log.close()
         return [line["step"] for line in read_log(folder / name)]
     assert_each_is_refused_or_equal(name, (folder / name).read_bytes(), request, load, lambda loaded: True)
+
+
+@pytest.mark.parametrize("value", [0x10, 0x5A, 0xFF])
+def test_every_attribute_of_a_checkpoint(value, tmp_path):
+    """A byte that makes a stored tensor a folder, which torch would read as zeros, is found in every entry."""
+    model = tiny_model()
+    save_checkpoint(model, AdamW(model.parameters()), 3, path := tmp_path / "c.pt")
+    data, places = path.read_bytes(), []
+    while (place := data.find(b"PK\1\2", places[-1] + 1 if places else 0)) >= 0:
+        places.append(place)  # the entries of the archive's directory
+    assert len(places) > 10, f"{len(places)} entries"
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place + 38] = value
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            read_checkpoint(io.BytesIO(damaged))
 
 
 class Harmful:
