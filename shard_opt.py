@@ -20,7 +20,10 @@ An optimizer that treats rows apart then computes the same bits on smaller param
 """
 
 import argparse
+import hashlib
+import io
 import itertools
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -495,6 +498,21 @@ def as_piece(rows: Tensor, p: Tensor) -> Tensor:
     piece.__get_tensor_shard__ = lambda index: rows
     return piece
 
+class IndexReader(pickle.Unpickler):
+    """For the index beside the shards, a pickle, in which torch's own reader would run whatever code somebody put there:
+    this one knows only the names that such an index is made of."""
+    NAMES = {"torch": ("Size", "float64", "float32", "float16", "bfloat16"), "torch.serialization": ("_get_layout",),
+             "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+             "torch.distributed.checkpoint.metadata": (
+                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+                 "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+             "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",)}  # the second is Python 3.13's
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"an index of shards has no {module}.{name} in it")
+        return super().find_class(module, name)
+
 def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
     """"save" or "load", in place, what this rank holds. Where one rank fails, all raise its error."""
     import torch.distributed.checkpoint as dcp
@@ -507,13 +525,19 @@ def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optim
         held.update({f"optimizer.{index}.{name}": (value, p) for name, value in optimizer.state.get(p, {}).items()
                      if isinstance(value, Tensor) and value.shape == p.shape})
     pieces = {key: as_piece(part, p) if hasattr(p, "owners") else part for key, (part, p) in held.items() if p.numel()}
+    options, reader = {"checkpoint_id": folder, "no_dist": get_world_size() == 1}, dcp.FileSystemReader(folder)
+    reader.read_metadata = lambda **_: IndexReader(io.BytesIO((folder / ".metadata").read_bytes())).load()
     try:
         with warnings.catch_warnings(action="ignore"):  # of one process alone
-            getattr(dcp, action)(pieces, checkpoint_id=folder, no_dist=get_world_size() == 1)
+            dcp.save(pieces, **options) if action == "save" else dcp.load(pieces, storage_reader=reader, **options)
     except dcp.CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         hint = ": remove its .pt to use the one before" * (action == "load")
         raise OSError(f"{folder}: rank {rank} could not {action} its shard ({reason!r:.150}){hint}") from None
+
+def checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[dict, dict]:
     """Every rank writes what it holds. Returned is, on rank 0, what stands in the place of full_state_dicts' two: to be
@@ -523,11 +547,20 @@ def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
             shutil.rmtree(old)
     described = whole_optimizer_state(optimizer, tensors=False)  # for which all ranks wait for each other
     exchange_shards("save", module, optimizer, folder)
-    return {}, {**torch.optim.Optimizer.state_dict(optimizer), "state": described}
+    written = [*folder.glob(f"__{get_rank()}_*"), *[folder / ".metadata"] * (get_rank() == 0)]
+    checksums = gather_objects({file.name: checksum(file) for file in written})
+    return {}, {**torch.optim.Optimizer.state_dict(optimizer), "state": described,
+                "checksums": {name: value for theirs in checksums for name, value in theirs.items()}}
 
-def load_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, described: dict[str, Any]) -> None:
-    """The inverse, at any world size and in any mode but torch_zero1: every rank reads no more than its own rows."""
-    load_optimizer_state(optimizer, described)
+def load_shards(module: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, described: dict) -> None:
+    """The inverse, at any world size and in any mode but torch_zero1: every rank takes no more than its own rows, after
+    the ranks have shared out the files to verify their checksums, which torch does not. No optimizer: weights only."""
+    mine = sorted(described["checksums"].items())[get_rank() :: get_world_size()]
+    damaged = [name for name, value in mine if not (folder / name).is_file() or checksum(folder / name) != value]
+    if everyones := sum(gather_objects(damaged), []):
+        raise OSError(f"{folder}: {everyones[0]} is damaged or missing: remove its .pt to use the one before")
+    if optimizer is not None:
+        load_optimizer_state(optimizer, described)
     exchange_shards("load", module, optimizer, folder)
 
 # --- 8. Two processes against one ---

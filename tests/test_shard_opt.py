@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -639,17 +640,30 @@ def test_killed_runs_of_train(tmp_path):
     assert texts[0] == texts[1], texts
 
 
-def rank_refusals(ranks, source, folders):
-    """What loading each of these folders raises."""
+class Harm:
+    """What a pickle can hold: a call of any function, in this case of one that makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def rank_refusals(ranks, source, cases):
+    """What loading each of these folders raises; by exchange_shards, the checksums are not looked at."""
     warnings.simplefilter("ignore")
     said, described = [], torch.load(source, weights_only=True)["optimizer"]
-    for mode, d_model, folder in folders:
+    for mode, d_model, folder, verified in cases:
         torch.manual_seed(0)
         module = TransformerLM(ModelConfig(**{**CONFIG, "d_model": d_model}, tie_embeddings=True))
         groups = functools.partial(train.parameter_groups, weight_decay=0.1)
         model, stepper = shard(module, mode, groups, train.AdamW)
         try:
-            load_shards(model, stepper, Path(folder), described)
+            if verified:
+                load_shards(model, stepper, Path(folder), described)
+            else:
+                shard_opt.exchange_shards("load", model, None, Path(folder))
             said.append("loaded")
         except (OSError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
@@ -657,22 +671,44 @@ def rank_refusals(ranks, source, folders):
 
 
 def test_damaged_shards(tmp_path):
-    """A shard that is cut off, missing, of another model, and a mode that has none: one sentence on every rank."""
+    """A shard that is cut off, missing, of another model, with one bit flipped anywhere, an index with code in it, and
+    a mode that has no shards: one sentence on every rank, nothing else happens."""
     team(2).run(rank_resume, "fsdp", "ours AdamW", None, str(tmp_path / "good.pt"), "sharded")
-    for what in ("cut", "missing", "unfinished"):
+    flips = [f"flip{number}" for number in range(9)]
+    for what in ("cut", "missing", "unfinished", "hostile", "members", *flips):
         shutil.copytree(tmp_path / "good.shards", tmp_path / what)
     with open(tmp_path / "cut" / "__1_0.distcp", "r+b") as file:
         file.truncate(5000)
     (tmp_path / "missing" / "__0_0.distcp").unlink()
     (tmp_path / "unfinished" / ".metadata").unlink()
-    cases = [("fsdp", 48, "cut"), ("fsdp", 48, "missing"), ("zero1", 48, "unfinished"), ("fsdp", 96, "good.shards"),
-             ("torch_zero1", 48, "good.shards"), ("zero2", 48, "good.shards")]
-    folders = [(mode, d_model, str(tmp_path / name)) for mode, d_model, name in cases]
-    for said in team(2).run(rank_refusals, str(tmp_path / "good.pt"), folders):
-        for message, (_, _, name) in zip(said[:4], cases):
-            assert message.startswith(f"OSError: {tmp_path / name}: rank ") and "\n" not in message, message
-            assert "could not load its shard" in message and message.endswith(".pt to use the one before"), message
-        assert said[4:] == ["ValueError: --shard_opt torch_zero1 cannot load shards: take zero1", "loaded"], said
+    index = pickle.loads((tmp_path / "good.shards" / ".metadata").read_bytes())
+    index.planner_data = Harm(tmp_path / "harm")
+    (tmp_path / "hostile" / ".metadata").write_bytes(pickle.dumps(index))
+    reached = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93"  # a member of a member
+    (tmp_path / "members" / ".metadata").write_bytes(reached + pickle.dumps(str(tmp_path / "harm"))[2:-1] + b"\x85R.")
+    draw, victims = random.Random(0), ["__0_0.distcp", "__1_0.distcp", ".metadata"]
+    for name, victim in zip(flips, itertools.cycle(victims)):
+        content = bytearray((tmp_path / name / victim).read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        (tmp_path / name / victim).write_bytes(content)
+    cases = [("fsdp", 48, name, False, "could not load its shard") for name in ("cut", "missing", "unfinished")]
+    cases += [("fsdp", 96, "good.shards", False, "could not load its shard"),
+              ("fsdp", 48, "hostile", False, "an index of shards has no posix.mkdir in it"),
+              ("fsdp", 48, "members", False, "an index of shards has no torch.distributed.checkpoint.metadata.os.mkdir")]
+    cases += [("fsdp", 48, name, True, f"{victim} is damaged or missing")
+              for name, victim in [("cut", victims[1]), ("missing", victims[0]), ("unfinished", victims[2]),
+                                   *zip(flips, itertools.cycle(victims))]]
+    cases += [("torch_zero1", 48, "good.shards", True, "--shard_opt torch_zero1 cannot load shards: take zero1"),
+              ("zero2", 48, "good.shards", True, "loaded")]
+    jobs = [(mode, d_model, str(tmp_path / name), verified) for mode, d_model, name, verified, _ in cases]
+    everyones = team(2).run(rank_refusals, str(tmp_path / "good.pt"), jobs)
+    for said in everyones:
+        for message, (_, _, name, _, words) in zip(said, cases, strict=True):
+            assert words in message and "\n" not in message, f"{name}: {message}"
+        for message, (_, _, name, _, _) in zip(said[:-2], cases):
+            assert message.startswith(f"OSError: {tmp_path / name}: "), message
+            assert message.endswith(": remove its .pt to use the one before"), message
+    assert everyones[0] == everyones[1] and not (tmp_path / "harm").exists(), "the index ran its code"
 
 
 def test_another_models_state_is_refused():
