@@ -549,24 +549,24 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
         key.update(json.dumps([PRETOKEN.pattern, CHUNK_BYTES, sorted(special_tokens)]).encode("utf-8"))
         caches = [Path(cache_dir) / f"{key.hexdigest()[:32]}.{kind}" for kind in ("counts", "merges")]
     kept = Kept(caches[1], [])  # bytes as latin-1
-    merges = [(left.encode("latin-1"), right.encode("latin-1")) for left, right in kept.value[:num_merges]]
-    if len(merges) < num_merges:
+    if (known := len(kept.value)) < num_merges:
         started = time.perf_counter()
         counts = count_words(path, special_tokens, num_workers=num_workers, cache=caches[0], progress=progress)
         counted, meter = time.perf_counter(), Progress("merging pairs", num_merges, "merges", progress)
-        known = itertools.count(-len(merges))  # to make these again is cheaper than to look up where they stand
+        numbers = itertools.count()
         def tell(pair: Pair, count: int) -> None:
-            if next(known) >= 0:
+            if next(numbers) >= known:  # to make the others again is cheaper than to look up where they stand
                 kept.value.append([token.decode("latin-1") for token in pair])
                 kept.save(now=False)
                 meter.update(len(kept.value))
                 on_merge(pair, count)
         try:
-            merges = train_vectorized(counts, num_merges, tell)
+            train_vectorized(counts, num_merges, tell)
         finally:
             kept.save(now=True)
         meter.update(num_merges)
         seconds |= {"counting": counted - started, "merging": time.perf_counter() - counted}
+    merges = [(left.encode("latin-1"), right.encode("latin-1")) for left, right in kept.value[:num_merges]]
     if len(merges) < num_merges:
         print(f"{path}: no pair is left after {len(merges):,} of {num_merges:,} merges", file=sys.stderr)
     vocab = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
@@ -701,12 +701,11 @@ class Tokenizer:
         for index in np.flatnonzero(lengths > 64).tolist():  # too many rounds for few words
             ids = apply_merges(byte_ids[[*words[index]]].tolist(), self._ranks)
             result[index] = np.array(ids, np.uint32).tobytes()
-        by_length, longest = np.argsort(lengths, kind="stable"), min(64, lengths.max(initial=0))
-        ends = np.searchsorted(lengths[by_length], np.arange(longest + 2))
+        longest = min(64, lengths.max(initial=0))
         # behind each word stands the token -1, which is in no pair: also the left neighbour of a first token, [-1]
         token, rank, word = np.empty((0, longest + 1), int), np.empty((0, longest), int), np.empty(0, int)
         for length in range(longest, 0, -1):
-            new = by_length[ends[length] : ends[length + 1]]
+            new = np.flatnonzero(lengths == length)
             data = np.frombuffer(b"".join([words[index] for index in new.tolist()]), np.uint8)
             fresh = np.pad(byte_ids[data.reshape(-1, length)], ((0, 0), (0, 1)), constant_values=-1)
             token, word = np.concatenate((token, fresh)), np.append(word, new)
