@@ -33,16 +33,16 @@ import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, load_tokens, prepare, room_for, story_nats
-from bpe import write_atomically, write_json
+from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, alone_in, load_tokens, prepare, room_for
+from bpe import story_nats, write_atomically, write_json
 from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
@@ -51,33 +51,25 @@ from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
 from shard_opt import full_state_dicts, load_full_state_dicts, load_shards, memory_table, save_shards, shard
 
 # --- 1. The loss ---
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean;
-    with reduction="none" the loss of every token, (...). Equal to torch.nn.functional.cross_entropy.
-
+def cross_entropy(logits: Tensor, targets: Tensor, *, mean: bool = True) -> Tensor:
+    """-log softmax(logits)[target], in nats: logits (..., V) of any float type, targets (...) -> a scalar, the mean, or
+    the loss of every token, (...). Equal to torch.nn.functional.cross_entropy.
     Softmax divides exp(x) by a sum of exps; its log cancels the exp of the target's own score, which leaves
-
         loss = log(sum_v exp(x_v)) - x_target
-
     Subtracting max(x) from every score only keeps exp from overflowing. The sum is in float32: bfloat16 has 3 digits.
-
     >>> round(cross_entropy(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([2])).item(), 5), round(math.log(4), 5)
     (1.38629, 1.38629)
     """
     assert logits.shape[:-1] == targets.shape, f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}"
-    assert reduction in ("mean", "none"), f"reduction is 'mean' or 'none', not {reduction!r}"
     scores = logits.float() - logits.detach().amax(dim=-1, keepdim=True).float()  # (..., V): no exp above 1
     losses = scores.exp().sum(dim=-1).log() - scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (...)
-    return losses.mean() if reduction == "mean" else losses
+    return losses.mean() if mean else losses
 
 class LinearCrossEntropy(torch.autograd.Function):
     """cross_entropy(hidden @ weight.T, targets), a chunk of tokens at a time: the logits of all never exist.
-
     A mean has one number as its gradient, so everything else can be computed on the way forward, while a chunk's logits
     are in the cache: with p = softmax(logits), d logits = (p - onehot(target)) / tokens, and from it
-
         d hidden = d logits @ weight        d weight = sum over chunks of  d logits.T @ hidden
-
     Loss and head take 0.6 of the plain way's time on the laptop preset (two cores; 0.85 at 10,000 tokens of vocabulary
     and d_model 512), and memory for one chunk of logits."""
     @staticmethod
@@ -124,12 +116,10 @@ def in_cache(*tensors: Tensor, numbers: int = 2**18) -> Iterable[tuple[Tensor, .
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2). For a parameter p with gradient g:
-
         p <- p - lr * weight_decay * p          shrink first, by the base rate, whatever the gradient is
         m <- beta1 * m + (1 - beta1) * g        running mean of the gradient
         v <- beta2 * v + (1 - beta2) * g^2      running mean of its square
         p <- p - lr * m_hat / (sqrt(v_hat) + eps)
-
     m and v start at zero: after t steps they are too small by 1 - beta^t, which m_hat and v_hat divide out. m / sqrt(v)
     is about +-1 for a steady gradient of any size, so one lr fits all layers. The same bits as torch.optim.AdamW."""
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
@@ -160,7 +150,6 @@ class AdamW(torch.optim.Optimizer):
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Replace every singular value of (..., M, N) matrices by about 1, without computing a single one.
-
     With X = U S V', the polynomial a X + b (X X') X + c (X X')^2 X has the same U and V, and singular values
     a s + b s^3 + c s^5. Five times, with coefficients that lift small s steeply and leave the large ones near 1
     (about 0.7 to 1.2), is a few matrix products. (Jordan et al. 2024, "Muon"; a Newton-Schulz iteration)"""
@@ -174,26 +163,29 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 class Muon(AdamW):
     """Momentum, orthogonalized: for matrices, in groups that carry muon=True; AdamW for the other groups.
-
         m <- 0.95 * m + 0.05 * g
-        W <- W - lr * weight_decay * W - lr * 0.2 * sqrt(max(M, N)) * orthogonalize(0.05 * g + 0.95 * m)
-
+        W <- W - lr * weight_decay * W - lr * scale * orthogonalize(0.05 * g + 0.95 * m)
     A few directions often dominate a gradient matrix, which Adam, dividing element by element, cannot see; with equal
     singular values rare directions are learned as fast as common ones. An orthogonal matrix has elements of about
-    1 / sqrt(max(M, N)); the factor makes them 0.2, like AdamW's updates, so one lr serves both (Liu et al. 2025)."""
+    1 / sqrt(max(M, N)). The scale 0.2 * sqrt(max(M, N)) makes them 0.2, like AdamW's updates, so one lr serves both
+    (Liu et al. 2025); the "original" one, sqrt(max(1, M / N)), asks for an lr of its own."""
+    def __init__(self, params, *args, adjust_lr_fn: str = "match_rms_adamw", **kwargs):
+        super().__init__(params, *args, **kwargs)
+        self.adjust_lr_fn = adjust_lr_fn  # as torch.optim.Muon calls it
+
     def update_group(self, group: dict, parameters: list[Tensor]) -> None:
         if not group.get("muon"):
             return super().update_group(group, parameters)
         by_shape: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape are orthogonalized in one batch
         for p in parameters:
             by_shape.setdefault(p.shape, []).append(p)
-        for shape, same in by_shape.items():
+        for (*_, m, n), same in by_shape.items():
             directions = []
             for p in same:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 directions.append(p.grad.lerp(momentum, 0.95))  # looks one step ahead (Nesterov)
-            scale = 0.2 * math.sqrt(max(shape[-2:]))
+            scale = {"original": max(1, m / n), "match_rms_adamw": 0.04 * max(m, n)}[self.adjust_lr_fn] ** 0.5
             for p, update in zip(same, orthogonalize(torch.stack(directions))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * scale)
@@ -229,9 +221,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
     they had, a scalar tensor. Below the limit nothing changes, not even a rounding. (Pascanu et al. 2013, section 3.2)
     torch.where makes the choice: on a GPU, Python's `if norm > limit` would wait for every kernel in flight."""
     gradients = [p.grad for p in parameters if p.grad is not None]  # a list: `parameters` may be a generator
-    if not gradients:
-        return torch.zeros(())
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm() if gradients else torch.zeros(())
     scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))
     for gradient in gradients:
         gradient.mul_(scale)
@@ -244,10 +234,9 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
     Starts 0 ... n - T - 1 are equally likely, or those in `starts`, if any. All batch_size starts are drawn from `rng`,
     then `rows` of them are read: ranks draw the same starts and each reads its share, from a memory map perhaps."""
-    choices = len(starts) or len(tokens) - context_length
-    chosen = (rng or np.random.default_rng()).integers(choices, size=batch_size)[rows]
-    chosen = starts[chosen] if len(starts) else chosen
-    windows = np.stack([tokens[start : start + context_length + 1] for start in chosen])  # (B, T + 1)
+    starts = starts if len(starts) else range(len(tokens) - context_length)
+    chosen = (rng or np.random.default_rng()).integers(len(starts), size=batch_size)[rows]
+    windows = np.stack([tokens[starts[n] : starts[n] + context_length + 1] for n in chosen])  # (B, T + 1)
     batch = torch.from_numpy(windows.astype(np.int64))
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory()  # so that the copy runs while the GPU computes
@@ -282,8 +271,7 @@ def read_checkpoint(src) -> dict:
         if hasattr(src, "seek"):
             src.seek(0)
         payload = torch.load(src, map_location="cpu", weights_only=True)
-        if not {"model", "optimizer", "iteration"} <= payload.keys():
-            raise ValueError("it holds no model, optimizer and iteration")
+        payload["model"], payload["optimizer"], payload["iteration"]  # raises where one is missing
         return payload
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it to use the one before") from error
@@ -307,9 +295,9 @@ class ValidationSet:
     a model writes it, and as the generator's -log p is reckoned. question_end: the token before an answer to score."""
     def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: int, batch_size: int,
                  max_tokens: int, by_document: bool = False, question_end: int | None = None):
-        self.token_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # (V,) of text that each id stands for
-        for token, text in tokenizer.vocab.items():
-            self.token_bytes[token] = 0 if text.decode("utf-8", "ignore") in tokenizer.special_tokens else len(text)
+        # of text that each id stands for
+        self.token_bytes = np.array([len(tokenizer.vocab.get(n, b"")) for n in range(tokenizer.vocab_size)])  # (V,)
+        self.token_bytes[[tokenizer.token_ids[special.encode()] for special in tokenizer.special_tokens]] = 0
         tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
         rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
         self.floor = self.question_end = None  # floor: the generator's own nats per byte, which no model can undercut
@@ -324,13 +312,9 @@ class ValidationSet:
                     self.floor = nats / sum(self.token_bytes[document].sum() for document in documents)
         if not rows:
             raise UserError("the validation split is empty: take a longer text")
-        self.num_tokens = sum(len(row) - 1 for row in rows)
-        self.batches = []  # of inputs and targets, both (B, T); a target of -1 is padding
-        for first in range(0, len(rows), batch_size):
-            group = [torch.from_numpy(row) for row in rows[first : first + batch_size]]
-            inputs = pad_sequence([row[:-1] for row in group], batch_first=True)
-            targets = pad_sequence([row[1:] for row in group], batch_first=True, padding_value=-1)
-            self.batches.append((inputs, targets.numpy()))
+        groups = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        # (B, T + 1) each: a row's tokens from its second on are the targets, and -1 is padding
+        self.batches = [np.array(list(itertools.zip_longest(*group, fillvalue=-1))).T.copy() for group in groups]
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
@@ -339,45 +323,36 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
     different tokenizers, too. The ranks share the batches. Where documents are problems, exact_match is the share whose
     every token behind the question is the likeliest after the right ones: always taking the likeliest solves them."""
     model.eval()
-    sums = np.zeros(4)  # nats, bytes, problems solved, problems
+    sums = np.zeros(5)  # nats, tokens, bytes, problems solved, problems
     for first in range(0, len(validation.batches), ranks.world_size):
         index = first + ranks.rank  # beyond the end, too: a sharded model must be called equally often on every rank
-        inputs, targets = validation.batches[index % len(validation.batches)]
-        scored = targets >= 0
-        inputs = inputs.to(device)  # (B, T)
+        batch = validation.batches[index % len(validation.batches)]  # (B, T + 1)
+        inputs, targets = torch.from_numpy(batch[:, :-1].clip(0)).to(device), batch[:, 1:]  # (B, T), (B, T)
         with autocast():
             logits = model(inputs, **places_of(inputs))  # (B, T, V)
-            losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), reduction="none")  # (B, T)
+            losses = cross_entropy(logits, torch.from_numpy(targets.clip(0)).to(device), mean=False)  # (B, T)
         if index < len(validation.batches):
-            ends = targets == validation.question_end  # (B, T)
+            scored, ends = targets >= 0, targets == validation.question_end  # (B, T), (B, T)
             behind = scored & (ends.cumsum(axis=1) > ends)  # (B, T), the token that ends the question not included
             solved = (~behind | (logits.argmax(dim=-1).cpu().numpy() == targets)).all(axis=1)  # (B,)
-            sums += (losses.cpu().double().numpy()[scored].sum(), validation.token_bytes[targets[scored]].sum(),
-                     solved.sum(), len(targets))
+            sums += (losses.cpu().double().numpy()[scored].sum(), scored.sum(),
+                     validation.token_bytes[targets[scored]].sum(), solved.sum(), len(targets))
     model.train()
-    nats, num_bytes, solved, num_problems = (all_reduce_sum(float(x)) for x in sums)
-    scores = {"val_loss": nats / validation.num_tokens, "val_bits_per_byte": nats / max(num_bytes, 1.0) / math.log(2)}
+    nats, num_tokens, num_bytes, solved, num_problems = (all_reduce_sum(float(x)) for x in sums)
+    scores = {"val_loss": nats / num_tokens, "val_bits_per_byte": nats / max(num_bytes, 1.0) / math.log(2)}
     return scores if validation.question_end is None else {**scores, "exact_match": solved / num_problems}
 
 # --- 7. Writing down what happened ---
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
     def __init__(self, folder: Path, resume_at: int, description: dict | None = None, to_wandb: bool = False):
-        path, self.lock = folder / "log.jsonl", open(folder / "lock", "w")
-        try:
-            with contextlib.suppress(ImportError):  # Windows has no fcntl
-                import fcntl
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-        except OSError:
-            raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name") from None
-        for left in folder.glob("*.[0-9]*.tmp"):  # half-written by a process that was killed
-            left.unlink()
+        def refuse(waiting: str) -> None:
+            raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name")
+        path, self.lock = folder / "log.jsonl", contextlib.ExitStack()
+        self.lock.enter_context(alone_in(folder, refuse))
         if description:  # not before the folder is ours
             write_json(folder / "config.json", description)
-        self.wandb_run = None  # ends with the process
-        if to_wandb:
-            import wandb
-            self.wandb_run = wandb.init(project="train.py", name=folder.name)
+        self.wandb_run = import_module("wandb").init(project="train.py", name=folder.name) if to_wandb else None
         if path.exists():  # cut a torn last line and what lies past the checkpoint
             kept = [line for line in read_log(path) if line["step"] <= resume_at]
             with write_atomically(path) as file:
@@ -388,7 +363,7 @@ class RunLog:
         finite = {name: x for name, x in line.items() if not isinstance(x, float) or math.isfinite(x)}  # JSON lacks inf
         with room_for(Path(self.file.name)):
             print(json.dumps(finite), file=self.file, flush=True)
-        if self.wandb_run is not None:
+        if self.wandb_run:
             self.wandb_run.log(line, step=line["step"])
 
     def close(self) -> None:
@@ -500,8 +475,7 @@ class TrainConfig:
 @dataclasses.dataclass
 class Place:
     """Where a run stands and on what it runs: free to change whenever it goes on."""
-    preset: str | None = option(None, "a named shape, see python model.py (none: laptop on a CPU, baseline on a GPU); "
-                                "flags beside it beat it", choices=tuple(PRESETS))
+    preset: str | None = option(None, "a named shape (none: laptop on a CPU, baseline on a GPU)", tuple(PRESETS))
     run_name: str | None = option(None, "folder below --out_dir (none: <dataset>-<next free number>)")
     resume: bool = option(False, "go on with the run that --run_name names, or with the newest")
     out_dir: str = option("runs", "where runs are kept")
@@ -511,8 +485,7 @@ class Place:
     ddp: str = option("none", "how processes share gradients, see ddp.py", choices=("none", *DDP_MODES))
     bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
     shard_opt: str = option("none", "who keeps which training state, see shard_opt.py", choices=("none", *SHARD_MODES))
-    checkpoint: str = option("full", "who writes a run's tensors: rank 0 all, or each process its shard (into a folder "
-                             "that all of them see)", choices=("full", "sharded"))
+    checkpoint: str = option("full", "rank 0 writes all tensors, or each process its shard", ("full", "sharded"))
     ordered: bool = option(False, "add gradients in the order of the ranks: the same bits on any number of them")
     context_parallel: int = option(1, "neighbouring processes that read one sequence together, see ddp.py")
     dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
@@ -524,8 +497,7 @@ class Place:
     report: list[str] | None = option(None, "compare finished runs (with --plot: draw runs.png)")
 
     def __post_init__(self):
-        others = "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else others)
+        self.device = self.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         for name in ("bucket_size_mb", "context_parallel", "dist_timeout", "num_workers"):
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
@@ -563,24 +535,19 @@ def fields_of(config: type, values: dict) -> dict:
 def pick_device(name: str, local_rank: int) -> torch.device:
     """The device of that name; of several GPUs, each process on this machine takes its own."""
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
-        torch.zeros(1, device=device)
+        name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}" if name == "cuda" else name
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}): try cpu") from None
-    return device
 
 def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
     """bfloat16 where the hardware multiplies it and matrices are big enough to gain (two AMX cores, the baseline: 1,120
     -> 4,243 tokens/s; at 0.8 M parameters the casts cost more than they save)."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        probes = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-        fast = device.type == "cpu" and config.d_model >= 256 and any(probe() for probe in probes)
+    probes = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    fast = device.type == "cpu" and config.d_model >= 256 and any(probe() for probe in probes)
+    fast = fast or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if fast else torch.float32
 
 def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
@@ -709,10 +676,10 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     # Model and optimizer; a run that goes on takes both from its newest checkpoint.
     path = latest_checkpoint(folder) if folder else None
     payload = read_checkpoint(path) if path else {}
-    if path and payload.get("tokenizer_hash") != tokenizer.hash():
-        raise UserError(f"{path}: the run's tokenizer is not the one in {data.tokenizer_dir}: restore the data")
-    if path and ModelConfig(**payload.get("config", {})) != model_config:
-        raise UserError(f"{path}: not of the configuration in {folder / 'config.json'}: restore that file")
+    identity = {"config": dataclasses.asdict(model_config), "tokenizer_hash": tokenizer.hash()}
+    if path and not identity.items() <= payload.items():
+        raise UserError(f"{path}: not of the configuration in {folder / 'config.json'} and the tokenizer in "
+                        f"{data.tokenizer_dir}: restore what was changed")
     if folder and not path:
         say(f"{folder}: no checkpoint yet, so from the beginning")
     step, resumed_at, seconds_before = payload.get("iteration", 0), payload.get("iteration"), payload.get("seconds", 0)
@@ -795,15 +762,12 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             if all_reduce_sum(float(not all(part.isfinite().all() for part in parts))):
                 raise UserError(f"step {step}: the parameters are not finite, nothing was saved: lower --lr")
             file = folder / f"checkpoint_{step:08d}.pt"
-            if place.checkpoint == "full":
-                states = full_state_dicts(module, optimizer)  # of every rank's part; whole on rank 0
-            else:
-                states = save_shards(module, optimizer, file.with_suffix(".shards"))
+            states = (full_state_dicts(module, optimizer) if place.checkpoint == "full" else  # whole on rank 0
+                      save_shards(module, optimizer, file.with_suffix(".shards")))
             if log is not None:
                 save_checkpoint(*states, step, file, seconds=pause - started,
-                                 scaler=scaler.state_dict(), config=dataclasses.asdict(model_config),
+                                 scaler=scaler.state_dict(), rng=torch.get_rng_state(), **identity,
                                  tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
-                                 tokenizer_hash=tokenizer.hash(), rng=torch.get_rng_state(),
                                  documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
                 for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                     old.unlink()
