@@ -20,6 +20,7 @@ import argparse
 import codecs
 import sys
 import time
+import timeit
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,11 +72,11 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> list[int]:
 @torch.inference_mode()
 def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k:
              int | None = None, top_p: float | None = None, stop_id: int | None = None, seed: int = 0, use_cache: bool =
-             True, timings: dict | None = None) -> Iterator[list[int | None]]:
+             True) -> Iterator[list[int | None]]:
     """Continue several prompts (each at least one token) side by side; yields, per step, one new token for each row.
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
     Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
-    row has filled the window. `timings` receives tokens and seconds of prefill and decode.
+    row has filled the window.
     A model trained with doc_mask reads documents as it was taught them: stop_id ends one, and what follows sees nothing
     before itself and counts from position 0.
     The model sees the last tokens that fit its context. A full window keeps its last half, reads it again and grows
@@ -93,21 +94,14 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     stopped = [False] * len(prompts)
     cache = KVCache(model.config, len(prompts), device=parameter.device, dtype=parameter.dtype) if use_cache else None
-    timings = {} if timings is None else timings
-    timings.update(prefill_tokens=0, prefill_seconds=0.0, decode_tokens=0, decode_seconds=0.0)
     model.eval()
     for _ in range(max_new_tokens):
-        start = time.perf_counter()
-        num_new = 1 if cache is None else window.shape[1] - cache.length
         new = slice(0 if cache is None else cache.length, None)  # without a cache all tokens are new each time
         places = {} if plain else {name: x[:, new] for name, x in document_places(window, boundary, is_gap).items()}
         hidden = model.forward_hidden(window[:, new], **places, cache=cache)  # (B, T, C)
         logits = model.lm_head(hidden[:, -1])  # (B, V): the head is applied where it is needed only
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
         drawn = draw(probabilities, generators)
-        kind = "prefill" if timings["prefill_tokens"] == 0 or num_new > 1 else "decode"
-        timings[f"{kind}_tokens"] += len(prompts) * num_new
-        timings[f"{kind}_seconds"] += time.perf_counter() - start
         stopped = [was or token == stop_id for was, token in zip(stopped, drawn)]
         if all(stopped):
             return
@@ -120,67 +114,50 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
         is_gap = torch.nn.functional.pad(is_gap, (0, 1))  # (B, T + 1): nothing but tokens from here on
 
 # --- 3. Text as it comes ---
-class TextStream:
-    """Turns tokens into text at once, but never into half a character: where a token ends inside one, its last bytes
-    wait for the next token. What never becomes a character is shown as U+FFFD."""
-    def __init__(self, vocab: dict[int, bytes]) -> None:
-        self.vocab, self.decoder = vocab, codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self.decoder.decode(self.vocab.get(token, b"\xff"))
-
-    def finish(self) -> str:
-        return self.decoder.decode(b"", final=True)
-
-def write_samples(model: TransformerLM, tokenizer: Tokenizer, prompt: list[int], num_samples: int, *, beginning: str =
-                  "", **options) -> None:
-    """Print num_samples continuations of `prompt`, each behind `beginning`. They are computed together: the first is
-    shown as it comes, the others wait for its end."""
-    streams = [TextStream(tokenizer.vocab) for _ in range(num_samples)]
-    texts = [beginning] * num_samples
+def write_samples(model: TransformerLM, vocab: dict[int, bytes], prompt: list[int], num_samples: int, *, beginning: str
+                  = "", **options) -> list[float]:
+    """Print num_samples continuations of `prompt`, each behind `beginning`; returns the moments of the start and of
+    every token. They are computed together: the first is shown as it comes, the others wait for its end.
+    Never half a character is shown: where a token ends inside one, its last bytes wait in the decoder for the next
+    token. What never becomes a character, and an id that the vocabulary does not have, is U+FFFD."""
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
+    texts, moments = [beginning] * num_samples, [time.perf_counter()]
     print(beginning, end="", flush=True)
     for tokens in generate(model, [prompt] * num_samples, **options):
-        pieces = [stream.push(token) if token is not None else "" for stream, token in zip(streams, tokens)]
+        moments.append(time.perf_counter())
+        pieces = [decoder.decode(b"" if token is None else vocab.get(token, b"\xff"))
+                  for decoder, token in zip(decoders, tokens)]
         texts = [text + piece for text, piece in zip(texts, pieces)]
         print(pieces[0], end="", flush=True)
-    print(streams[0].finish())
+    ends = [decoder.decode(b"", final=True) for decoder in decoders]
+    print(ends[0])
     for row in range(1, num_samples):
-        print(f"\n--- {row + 1} ---\n{texts[row]}{streams[row].finish()}")
+        print(f"\n--- {row + 1} ---\n{texts[row]}{ends[row]}")
+    return moments
 
 # --- 4. What a token costs ---
 def seconds_to_read(num_bytes: int, device: torch.device) -> float:
     """Time that the memory takes to hand over a buffer of this size: the best of a few sums over it."""
-    buffer, seconds = torch.ones(num_bytes // 4, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        buffer.sum().item()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    buffer = torch.ones(num_bytes // 4, device=device)
+    return min(timeit.repeat(lambda: buffer.sum().item(), number=1, repeat=5))
 
-def cost_of(model: TransformerLM, timings: dict, num_samples: int, use_cache: bool) -> str:
-    """Speed reached, and the speed that memory allows: one token reads every weight but the embedding table once."""
-    counted = [(kind, timings[f"{kind}_tokens"], timings[f"{kind}_seconds"]) for kind in ("prefill", "decode")]
-    parts = [f"{kind} {n:,} tokens, {n / seconds:,.0f} tokens/s" for kind, n, seconds in counted if n]
-    some = model.lm_head.weight  # perhaps the embedding table, too
-    num_bytes = some.nbytes + sum(p.nbytes for part in (model.layers, model.ln_final) for p in part.parameters())
-    bound = num_samples / seconds_to_read(num_bytes, some.device)
-    parts.append(f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s")
-    if use_cache:
-        per_token = KVCache(model.config, 1, device="meta", dtype=some.dtype).bytes_per_token()
-        parts.append(f"cache {per_token:,} bytes a token")
-    return "; ".join(parts)
+def cost_of(model: TransformerLM, moments: list[float], prompt_tokens: int, num_samples: int) -> str:
+    """Speed of reading the prompts, speed reached after that (where a full window is read again, that included), and
+    the speed that memory allows: one token reads every weight but the embedding table once."""
+    spans = (("prefill", prompt_tokens, moments[:2]), ("decode", len(moments) - 2, moments[1:]))
+    parts = [f"{kind} {num_samples * n:,} tokens, {num_samples * n / (part[-1] - part[0]):,.0f} tokens/s"
+             for kind, n, part in spans if len(part) > 1]
+    head = model.lm_head.weight  # perhaps the embedding table, too
+    num_bytes = sum(p.nbytes for p in (head, *model.layers.parameters(), *model.ln_final.parameters()))
+    bound = num_samples / seconds_to_read(num_bytes, head.device)
+    per_token = KVCache(model.config, 1, device="meta", dtype=head.dtype).bytes_per_token()
+    return "; ".join([*parts, f"reading {num_bytes / 1e6:,.1f} MB of weights a step allows {bound:,.0f} tokens/s",
+                      f"a cache takes {per_token:,} bytes a token"])
 
 # --- 5. Command line ---
-def newest_run(out_dir: Path) -> Path:
-    """The run whose checkpoint was written last."""
-    checkpoints = list(out_dir.glob("*/checkpoint_*.pt"))
-    if not checkpoints:
-        raise UserError(f"{out_dir}: no trained run here yet; python train.py makes one")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
-
 def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[TransformerLM, Tokenizer, bool]:
     """Model and tokenizer of a run of train.py, from its newest checkpoint, and whether its text had documents."""
-    path = max(folder.glob("checkpoint_*.pt"), key=lambda path: path.name, default=None)
+    path = max(folder.glob("checkpoint_*.pt"), default=None)
     if path is None:
         raise UserError(f"{folder}: no run with a checkpoint here; python train.py makes one, --run names it")
     try:
@@ -195,15 +172,13 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
             from shard_opt import exchange_shards
             exchange_shards("load", model, None, path.with_suffix(".shards"))
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a readable checkpoint of this run ({type(error).__name__}: {reason}): remove it "
-                        f"to read an older one") from None
+        raise UserError(f"{path}: not a readable checkpoint ({error!r:.160}): remove it to read an older one") from None
     tokenizer = Tokenizer.load(folder)
     if tokenizer.hash() != payload.get("tokenizer_hash"):
         raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
     return model.to(device=device, dtype=dtype).eval(), tokenizer, payload.get("documents", True)
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      prog="sample.py", allow_abbrev=False)
     def refuse(message: str) -> None:
@@ -221,32 +196,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the fastest that is there)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of weights and cache (default: bfloat16 on GPUs that have it, else float32)")
-    return parser
-
-def check_options(args: argparse.Namespace) -> None:
+    args = parser.parse_args(argv)
     for name, least in {"max_new_tokens": 1, "num_samples": 1, "top_k": 1, "temperature": 0}.items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # "not": nan is refused too
-            raise UserError(f"--{name} must be at least {least}, it is {value}")
+            parser.error(f"--{name} must be at least {least}, it is {value}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
+        parser.error(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
     if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must lie in 0 .. 2**63 - 1, it is {args.seed}")
+        parser.error(f"--seed must lie in 0 .. 2**63 - 1, it is {args.seed}")
+    return args
 
 def sample(args: argparse.Namespace) -> None:
-    check_options(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device} is not to be had here ({reason}): try --device cpu") from None
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; try --device cpu") from None
     if args.dtype == "auto":
         modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         args.dtype = "bfloat16" if modern else "float32"
-    folder = args.run or newest_run(Path("runs"))
+    checkpoints = Path("runs").glob("*/checkpoint_*.pt")  # where there is none, load_run says so
+    folder = args.run or max(checkpoints, key=lambda path: path.stat().st_mtime, default=Path("runs/none")).parent
     model, tokenizer, documents = load_run(folder, device, getattr(torch, args.dtype))
     # A text begins after <|endoftext|>, as in training; where training never met that token, after a line's end.
     stop_id, prompt = tokenizer.token_ids.get(END_OF_TEXT.encode()), tokenizer.encode(args.prompt)
@@ -254,15 +227,14 @@ def sample(args: argparse.Namespace) -> None:
     print(f"--- {folder}, prompt {args.prompt!r} ---", file=sys.stderr)
     if len(prompt) > (seen := model.config.context_length):
         print(f"the prompt has {len(prompt)} tokens: the model sees the last {seen}", file=sys.stderr)
-    timings: dict = {}
-    write_samples(model, tokenizer, prompt, args.num_samples, beginning=args.prompt, stop_id=stop_id,
-                  max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                  top_p=args.top_p, seed=args.seed, use_cache=not args.no_cache, timings=timings)
-    print(f"--- {cost_of(model, timings, args.num_samples, not args.no_cache)} ---", file=sys.stderr)
+    moments = write_samples(model, tokenizer.vocab, prompt, args.num_samples, beginning=args.prompt, stop_id=stop_id,
+                            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                            top_p=args.top_p, seed=args.seed, use_cache=not args.no_cache)
+    print(f"--- {cost_of(model, moments, min(len(prompt), seen), args.num_samples)} ---", file=sys.stderr)
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        sample(build_parser().parse_args(argv))
+        sample(parse_options(argv))
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

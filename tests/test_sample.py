@@ -13,7 +13,7 @@ import train
 from bpe import Tokenizer
 from flash import positions_in_segments, segment_ids_from_tokens
 from model import ModelConfig, TransformerLM
-from sample import TextStream, draw, generate, next_token_probabilities
+from sample import draw, generate, next_token_probabilities, write_samples
 
 CAPACITY = 16  # tokens that the tiny model sees
 
@@ -143,14 +143,19 @@ def test_stop_token_ends_a_row_and_then_the_text():
     stopped = [row[0] for row in generate(model, [[1]], 30, seed=1, stop_id=stop)]
     assert stopped == free[: free.index(stop)]
 
-def test_text_is_never_half_a_character():
+def test_text_is_never_half_a_character(monkeypatch):
     """Characters of two to four bytes, cut anywhere, come out whole; bytes that are no character become U+FFFD."""
+    def printed(vocab: dict[int, bytes], *rows: list) -> list[str]:
+        pieces = []
+        monkeypatch.setattr(sample, "generate", lambda *_, **__: zip(*rows))
+        monkeypatch.setattr(sample, "print", lambda *text, **_: pieces.extend(text), raising=False)
+        assert len(write_samples(None, vocab, [0], len(rows))) == 1 + len(rows[0])
+        return pieces
     text = "naïve – 牛 🙂!"
-    stream = TextStream({b: bytes([b]) for b in range(256)})
-    pieces = [stream.push(b) for b in text.encode("utf-8")] + [stream.finish()]
+    pieces = printed({b: bytes([b]) for b in range(256)}, list(text.encode("utf-8")))
     assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces)
-    broken = TextStream({0: b"a", 1: b"\xf0\x9f"})
-    assert broken.push(0) + broken.push(1) + broken.finish() == "a\ufffd"
+    pieces = printed({0: b"a", 1: b"\xf0\x9f"}, [0, 1, None], [0, 1, 7])
+    assert "".join(pieces) == "a\ufffd\n--- 2 ---\na\ufffd\ufffd", "a character that is not ended, an id without bytes"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
@@ -246,7 +251,7 @@ def test_half_precision(run, capsys, dtype):
     """A model in half precision writes a text too, and its cache takes half the bytes."""
     sample.main([f"--run={run}", "--max_new_tokens=30", "--device=cpu", f"--dtype={dtype}"])
     printed = capsys.readouterr()
-    assert len(printed.out) > 20 and "cache 128 bytes a token" in printed.err
+    assert len(printed.out) > 20 and "a cache takes 128 bytes a token" in printed.err
 
 def test_doctests():
     """The worked examples in the docstrings are true."""
