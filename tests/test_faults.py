@@ -809,7 +809,7 @@ def test_invalid_utf8_says_where(place, tmp_path, capsys):
 
 
 def test_long_runs_are_not_quadratic(tmp_path, request):
-    """Ten times as many equal letters or spaces take less than 20 times as long to train on and to encode."""
+    """Ten times as many equal letters or spaces take less than 40 times as long, where squares would take 100."""
     print("\n      of    MB  training s  encoding s")
     for character in ("a", " "):
         seconds = []
@@ -823,7 +823,7 @@ def test_long_runs_are_not_quadratic(tmp_path, request):
             seconds.append((trained - started, time.perf_counter() - trained))
             print(f"{character!r:>8} {size / 1e6:5.1f} {seconds[-1][0]:11.2f} {seconds[-1][1]:11.2f}")
         for smaller, larger in zip(seconds, seconds[1:]):
-            assert all(b < 20 * max(a, 0.05) for a, b in zip(smaller, larger)), f"{character!r}: {seconds} s"
+            assert all(b < 40 * max(a, 0.05) for a, b in zip(smaller, larger)), f"{character!r}: {seconds} s"
 
 
 def test_one_long_line(tmp_path, request):
