@@ -2,16 +2,13 @@
 
 Every process (a *rank*) computes gradients on its own part of the batch. Before the optimizer steps, they are averaged
 over the ranks, so that all copies take the same step and stay equal:
-
     gradient = (gradient_0 + ... + gradient_{W-1}) / W          W = world_size
-
 That is the whole method. The rungs below differ in when the sum is started and in how many messages: one per parameter
 after the backward pass (naive), one for everything (flat), one per parameter *during* the backward pass (individual),
 a few buckets during it (bucketed), as in PyTorch's own DistributedDataParallel. On two ranks all of them give the same
 bits, those of one process that accumulates the same micro-batches, each loss divided by W.
 
     python ddp.py                                   two processes against one, with the bytes they move
-    python ddp.py --world_size 4 --ordered          four that add in rank order: still the same bits
     torchrun --standalone --nproc-per-node 4 train.py --ddp bucketed
 
     1. Ranks: starting, waiting, stopping                          7. Individual: during the backward pass
@@ -70,12 +67,9 @@ def init_distributed(device_type: str = "cpu", timeout_s: float = 120.0) -> Rank
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _join(store, ranks, timeout_s, "nccl" if device_type == "cuda" else "gloo")
     except RuntimeError as error:  # every error of torch.distributed is one
-        reason = _reason(error)
-        if "EADDRINUSE" in reason or "already in use" in reason:
-            reason = "another program uses that port, choose another with --master-port"
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(f"rank {ranks.rank} of {ranks.world_size} could not join the others at {address} in "
-                              f"{timeout_s:g} s: {reason}") from error
+                              f"{timeout_s:g} s (--master-port takes another port): {_reason(error)}") from error
     return ranks
 
 def _join(store: dist.Store, ranks: Ranks, timeout_s: float, backend: str) -> None:
@@ -113,9 +107,8 @@ def gather_objects(value: Any) -> list[Any]:
     return everyones
 
 def on_rank_0(work: Callable[[], Any], description: str) -> Any:
-    """Run work() on rank 0 alone while the others wait, however long it takes; all of them return its result.
-    A barrier would not do: preparing data may outlast the timeout that ends a job that hangs. So the others look for
-    rank 0's note in the store, say after two seconds what they wait for, and raise RankFailure if work() raises."""
+    """Run work() on rank 0 alone; all ranks return its result, or raise RankFailure if it fails. The others do not wait
+    in a barrier, whose timeout preparing data may outlast: they look for rank 0's note in the store."""
     if get_world_size() == 1:
         return work()
     store, rank = _store(), get_rank()
@@ -130,7 +123,7 @@ def on_rank_0(work: Callable[[], Any], description: str) -> Any:
             raise
         store.set(key, "done")
     while not store.check([key]):
-        if next(looks) == 10:
+        if next(looks) == 10:  # two seconds
             print(f"rank {rank} waits for rank 0: {description}", file=sys.stderr, flush=True)
         time.sleep(0.2)
     if (outcome := store.get(key).decode()) != "done":
@@ -164,17 +157,15 @@ def _reason(error: BaseException) -> str:
 
 def explain_failure(error: BaseException) -> str:
     """Why this job ends, in one sentence that names the rank at fault. To be called once, where the program ends.
-    A rank with an error of its own leaves the reason in the store. The others see a closed connection or a timeout, and
-    look there: for a reason, for ranks that finished early, and for silent ones (of killed ones torchrun tells)."""
-    reason = _reason(error)
+    A rank with an error of its own leaves it in the store; the others, whose connection closed, look for it there."""
+    reason, rank = _reason(error), get_rank()
     if get_world_size() == 1:
         return reason
-    rank, store = get_rank(), _store()
     # gloo raises plain RuntimeErrors, known by their text only: "[.../gloo/transport/tcp/pair.cc:547] Connection ..."
     by_text = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection", "NCCL"))
     lost_contact = by_text or isinstance(error, (RankFailure, dist.DistError))
     peers = silent = [peer for peer in range(get_world_size()) if peer != rank]
-    why = "the rank that hosts the store is gone"
+    store, why = _store(), "the rank that hosts the store is gone"
     with suppress(RuntimeError):
         store.set(f"failed/{rank}", "" if lost_contact else reason)
         if not lost_contact:
@@ -200,11 +191,10 @@ def start_all_reduce(tensor: Tensor) -> Callable[[], Any]:
     """Replace `tensor` by its sum over the ranks, added in any order: the same bits on two ranks, but not on four."""
     return dist.all_reduce(tensor, async_op=True).wait if get_world_size() > 1 else lambda: None
 
-def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.ProcessGroup | None = None
-                         ) -> Callable[[], None]:
+def start_reduce_scatter(pieces: list[Tensor], output: Tensor, group: dist.ProcessGroup | None = None) -> Callable:
     """Rank r gets the sum over the ranks of their pieces[r], in `output` (which may be that piece itself).
-    Each rank sends piece r straight to rank r, which adds what it receives in rank order, as one process that
-    accumulates micro-batches 0, 1, 2, ... does. Pieces may differ in length. (gloo's own is an all-reduce inside.)"""
+    Each sends piece r straight to rank r, which adds what it receives in rank order, as one process that accumulates
+    micro-batches 0, 1, 2, ... does. Pieces may differ in length. (gloo's own is an all-reduce inside.)"""
     members = dist.get_process_group_ranks(group) if len(pieces) > 1 else [get_rank()]  # None: all ranks
     assert len(pieces) == len(members), f"{len(pieces)} pieces for {len(members)} ranks"
     mine = members.index(get_rank())
@@ -257,8 +247,7 @@ def bytes_sent_per_rank(collective: str, num_bytes: int, world_size: int) -> flo
     >>> bytes_sent_per_rank("all_reduce", 1000, 4)
     1500.0
     """
-    passes = {"broadcast": 1, "reduce_scatter": 1, "all_gather": 1, "all_reduce": 2}[collective]
-    return passes * (world_size - 1) / world_size * num_bytes
+    return (2 if collective == "all_reduce" else 1) * (world_size - 1) / world_size * num_bytes
 
 def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
@@ -291,12 +280,10 @@ def copy_rank_0(module: nn.Module) -> None:
 # --- 5. Naive: one message per gradient, after the backward pass ---
 class DDPNaive(nn.Module):
     """The definition: after the backward pass, replace the gradients by their averages over the ranks, one by one.
-
         model = DDPNaive(module)
         loss(model(x)).backward()
         model.finish_gradient_synchronization()
         optimizer.step()
-
     A parameter that only some ranks used in this step gets the average with zeros for the others; one that nobody used
     keeps the gradient None, so that the optimizer passes it over. ordered=True adds in rank order."""
     def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
@@ -331,9 +318,8 @@ class DDPNaive(nn.Module):
             self._average()
 
     def _average(self) -> None:
-        used = [parameter.grad is not None for parameter in self.trainable]
-        num_users = self.trainable[0].new_tensor(used)  # summed: how many ranks used each parameter
-        self.start_sum(num_users)()
+        num_users = self.trainable[0].new_tensor([parameter.grad is not None for parameter in self.trainable])
+        self.start_sum(num_users)()  # how many ranks used each parameter
         for parameter, users in zip(self.trainable, num_users.tolist()):
             if users > 0:
                 # divided before the sum, as torch does: a sum in fp16 could overflow (exact for 2, 4, 8, ... ranks)
@@ -363,7 +349,6 @@ class DDPIndividual(DDPNaive):
     subtle: all ranks must send in the same order, or one rank's gradient of a weight is added to another's of a
     different weight. Ranks may take different branches, so message n leaves only after messages 0 ... n-1, and
     finish_gradient_synchronization() sends what never became ready, as zeros.
-
     A message is a flat buffer, made once, for the gradients of a group of parameters: here one. A gradient is divided
     while it is copied there, then `parameter.grad` is a view into it: nothing is copied back. The flags of used
     parameters end the last message. `events` logs a step: ("ready", parameter's index), ("sent", message's number)."""
@@ -449,22 +434,18 @@ class DDPBucketed(DDPIndividual):
 # --- 9. One switch for all of them ---
 MODES = ("naive", "flat", "individual", "bucketed", "torch")
 
-def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered: bool = False,
-         find_unused_parameters: bool = False) -> nn.Module:
+def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered: bool = False) -> nn.Module:
     """The module in the data-parallel wrapper called `mode`. The module itself, its names untouched, is at `.module`.
-    find_unused_parameters is torch's, which raises without it when a step leaves a parameter unused (a mixture of
-    experts does); ours always allow that. torch's no_sync() must enclose the forward pass, ours only the backward."""
+    torch's raises when a step leaves a parameter unused, and wants the forward pass, too, within no_sync()."""
     assert mode in MODES, f"{mode} is none of {MODES}"
     if mode == "torch" and ordered:
         raise ValueError("torch's DistributedDataParallel cannot add in rank order: choose another --ddp mode")
-    ours = {"naive": DDPNaive, "flat": DDPFlat, "individual": DDPIndividual,
-            "bucketed": partial(DDPBucketed, bucket_size_mb=bucket_size_mb)}
+    ours = dict(zip(MODES, (DDPNaive, DDPFlat, DDPIndividual, partial(DDPBucketed, bucket_size_mb=bucket_size_mb))))
     if mode in ours or get_world_size() == 1:  # alone the naive one does nothing; torch's refuses
         return ours[mode if get_world_size() > 1 else "naive"](module, ordered=ordered)
     copy_rank_0(module)
     wrapped = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
-                                                  find_unused_parameters=find_unused_parameters)
-    wrapped.broadcast_buffers = False  # or every forward sends all buffers, the tables of RoPE among them
+                                                  broadcast_buffers=False)  # or every forward sends RoPE's tables
     wrapped.finish_gradient_synchronization = lambda: None  # its C++ Reducer is done when backward() returns
     return wrapped
 
@@ -472,13 +453,11 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
 # A long sequence is split like a batch: every layer but attention looks at one token at a time. A token attends to all
 # before it, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N chunks, and
 # rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
-#
 #       keys  0 1 2 3
 #   queries 0 #            rank 0
 #           1 # #          rank 1     rank 0 computes 1 + 4 = 5 tiles,
 #           2 # # #        rank 1     rank 1 computes 2 + 3 = 5
 #           3 # # # #      rank 0
-#
 # In each layer every rank gathers all keys and values (in their G heads, before these are repeated), and keeps its own
 # queries. Backward, each has a gradient for all keys; a reduce-scatter adds them up at the owners. (Llama 3, section
 # 3.3.2.) Positions and documents are explicit, so that masks and rotary embeddings need no special case.
@@ -491,11 +470,9 @@ def zigzag_order(n: int) -> list[int]:
 
 class ContextParallel:
     """Teams of `size` neighbouring ranks read one sequence each; world_size / size teams split the batch.
-
         model = TransformerLM(config, attention=context.attention(local))
         inputs, targets, positions, segment_ids = context.begin(inputs, targets, segment_ids=...)
         loss = cross_entropy(model(inputs, positions=positions, segment_ids=segment_ids), targets)
-
     The loss is each rank's mean over its tokens, equally many everywhere: the average over all ranks, which any --ddp
     mode takes of the gradients, is that of the mean over all tokens. zigzag=False takes chunks 2r and 2r+1."""
     def __init__(self, size: int, *, zigzag: bool = True) -> None:
@@ -512,8 +489,7 @@ class ContextParallel:
         assert x.shape[dim] % (2 * self.size) == 0, f"{x.shape[dim]} tokens do not divide into {2 * self.size} chunks"
         return torch.cat([x.chunk(2 * self.size, dim)[chunk] for chunk in self.chunks], dim)
 
-    def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None
-              ) -> list[Tensor | None]:
+    def begin(self, *tokens: Tensor, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> list:
         """Split a batch: tensors (B, T), then positions and segment ids, also kept whole: they belong to the keys."""
         if positions is None:
             positions = torch.arange(tokens[0].shape[-1], device=tokens[0].device)  # (T,)
@@ -524,9 +500,7 @@ class ContextParallel:
         """`local`, any attention with the arguments of flash.flash_attention, over the sequence of the whole team.
         Each of the two chunks meets only the keys up to its own end: what lies behind it is not causal."""
         def attend(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-            whole = torch.cat((k, v), dim=-1)  # one message for both
-            if self.size > 1:
-                whole = _GatherSequence.apply(whole, self)  # (B, G, T, 2D)
+            whole = _GatherSequence.apply(torch.cat((k, v), dim=-1), self)  # (B, G, T, 2D), one message for both
             outputs, length = [], q.shape[2] // 2
             for half, chunk in enumerate(self.chunks):
                 here, seen = slice(half * length, (half + 1) * length), slice((chunk + 1) * length)
@@ -564,9 +538,8 @@ class _GatherSequence(torch.autograd.Function):
 
 # --- 11. Running it: two processes against one ---
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Run function(ranks, *args) in world_size new processes, as torchrun does with whole programs. Returns the results
-    by rank: tensors, numbers, strings, lists and dicts of these. When a rank fails, the others are ended, and
-    torch.multiprocessing's exception says which one and why."""
+    """Run function(ranks, *args) in world_size new processes; returns the results by rank: tensors, numbers, strings,
+    lists and dicts of these. When a rank fails, all end, and torch.multiprocessing's exception says which, and why."""
     # a forkserver imports torch (and _dynamo, its slow part) once and forks every rank: 0.1 s instead of 3 s for two
     method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
     if method == "forkserver":
@@ -574,12 +547,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _rank_main, (function, world_size, folder, timeout_s, args), world_size, join=False, start_method=method)
-        limit = time.monotonic() + timeout_s + 10  # the ranks' own timeout comes first, and knows more
-        while not context.join(max(0.0, limit - time.monotonic()), grace_period=3):
-            if time.monotonic() >= limit:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__} did not end {timeout_s + 10:g} s after its start")
+        while not context.join(grace_period=3):
+            pass  # one has ended well, others have not
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
 
 def _rank_main(rank: int, function: Callable, world_size: int, folder: str, timeout_s: float, args: tuple) -> None:
@@ -595,18 +564,17 @@ def _rank_main(rank: int, function: Callable, world_size: int, folder: str, time
 
 def _demo_collectives(ranks: Ranks) -> dict[str, tuple[list[float], float]]:
     """By collective four numbers afterwards, and the bytes per rank that it takes for a million."""
-    starts: dict[str, Callable[[Tensor, list[Tensor]], Callable]] = {  # on a tensor, which is also cut into pieces
-        "broadcast": lambda tensor, pieces: lambda: dist.broadcast(tensor, 0),
-        "all_reduce": lambda tensor, pieces: start_all_reduce(tensor),
-        "reduce_scatter": lambda tensor, pieces: start_reduce_scatter(pieces, pieces[ranks.rank]),
-        "all_gather": lambda tensor, pieces: start_all_gather(pieces)}  # fmt: skip
+    def run(name: str, tensor: Tensor) -> Tensor:
+        pieces = list(tensor.tensor_split(ranks.world_size))
+        start = {"broadcast": lambda: dist.broadcast(tensor, 0, async_op=True).wait,
+                 "all_reduce": lambda: start_all_reduce(tensor), "all_gather": lambda: start_all_gather(pieces),
+                 "reduce_scatter": lambda: start_reduce_scatter(pieces, pieces[ranks.rank])}[name]
+        start()()
+        return pieces[ranks.rank] if name == "reduce_scatter" else tensor
     results = {}
-    for name, start in starts.items():
-        numbers, million = torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank, torch.ones(2**20)
-        pieces, parts = (list(tensor.tensor_split(ranks.world_size)) for tensor in (numbers, million))
-        start(numbers, pieces)()
-        sent = min(measure_bytes_sent(lambda: start(million, parts)()) for _ in range(3))  # noqa: B023
-        results[name] = (pieces[ranks.rank] if name == "reduce_scatter" else numbers).tolist(), sent
+    for name in ("broadcast", "all_reduce", "reduce_scatter", "all_gather"):
+        sent = min(measure_bytes_sent(partial(run, name, torch.ones(2**20))) for _ in range(3))
+        results[name] = run(name, torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist(), sent
     return results
 
 def train_toy(ranks: Ranks, num_micro_batches: int, build: Callable[[nn.Module], tuple[nn.Module, Any]],
@@ -627,36 +595,34 @@ def train_toy(ranks: Ranks, num_micro_batches: int, build: Callable[[nn.Module],
         optimizer.step()
     return model, optimizer, min(measure_bytes_sent(partial(step, number)) for number in range(5))
 
-def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str, ordered: bool) -> dict[str, Any]:
-    def build(module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return wrap(module, mode, bucket_size_mb=0.5, ordered=ordered), torch.optim.AdamW(module.parameters(), lr=1e-3)
-    model, _, sent = train_toy(ranks, num_micro_batches, build)
+def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str) -> dict[str, Any]:
+    model, _, sent = train_toy(ranks, num_micro_batches, lambda module: (
+        wrap(module, mode, bucket_size_mb=0.5), torch.optim.AdamW(module.parameters(), lr=1e-3)))
     parameters = [parameter.detach() for parameter in model.module.parameters()]
     events = [event for event, _ in getattr(model, "events", [])]
     messages = events.count("sent") or {"naive": len(parameters) + 1, "flat": 1}.get(mode)
-    early = "".join(events).rpartition("ready")[0].count("sent")
-    return {"parameters": parameters, "sent": sent, "messages": messages, "early": early}
+    return {"parameters": parameters, "sent": sent, "messages": messages,
+            "early": "".join(events).rpartition("ready")[0].count("sent")}
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
     parser.add_argument("--world_size", type=int, default=2, choices=(2, 4), help="number of processes (default 2)")
-    parser.add_argument("--ordered", action="store_true", help="add in rank order: same bits at any world size")
-    world_size, ordered = vars(parser.parse_args(argv)).values()
+    world_size = parser.parse_args(argv).world_size
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
     by_rank = run_ranks(_demo_collectives, world_size)
     for name, (_, measured) in by_rank[0].items():
         numbers = " | ".join(" ".join(f"{number:g}" for number in result[name][0]) for result in by_rank)
-        formula = bytes_sent_per_rank(name, 4 * 2**20, world_size)
-        print(f"{name:16}{formula / 1e6:8.2f}{measured / 1e6:10.2f}   {numbers}")
-    [alone] = run_ranks(_demo_training, 1, world_size, "naive", ordered)
+        formula = bytes_sent_per_rank(name, 2**22, world_size) / 1e6
+        print(f"{name:16}{formula:8.2f}{measured / 1e6:10.2f}   {numbers}")
+    [alone] = run_ranks(_demo_training, 1, world_size, "naive")
     num_bytes = sum(parameter.nbytes for parameter in alone["parameters"])
     formula = bytes_sent_per_rank("all_reduce", num_bytes, world_size)
     print(f"\n5 steps of AdamW: {world_size} processes against one that accumulates their micro-batches")
     print(f"{len(alone['parameters'])} gradients, {num_bytes / 1e6:.2f} MB; formula: {formula / 1e6:.2f} MB a rank")
     print(f"{'--ddp':12}{'max difference':>16}{'messages':>10}{'of them early':>15}{'MB sent per rank':>18}")
-    for mode in MODES[: -1 if ordered else None]:  # torch's adds in an order of its own
-        result = run_ranks(_demo_training, world_size, world_size, mode, ordered)[0]
+    for mode in MODES:
+        result = run_ranks(_demo_training, world_size, world_size, mode)[0]
         difference = max((a - b).abs().max().item() for a, b in zip(alone["parameters"], result["parameters"]))
         counts = f"{result['messages']:10}{result['early']:15}" if result["messages"] else " " * 25
         print(f"{mode:12}{difference:16.1e}{counts}{result['sent'] / 1e6:18.2f}")

@@ -2,11 +2,9 @@
 
 Under data parallelism each of W ranks holds the same parameters, gradients and optimizer state. The ZeRO stages
 (Rajbhandari et al. 2020) give every number one owner instead, one stage more of them each:
-
     ZeRO-1   optimizer state          every rank steps its own rows of the parameters, then hands them round
     ZeRO-2   and gradients            a gradient is summed at its owner only (a reduce-scatter) and dropped elsewhere
     FSDP     and parameters (ZeRO-3)  a block's weights are gathered when it computes, and freed after it
-
 Who owns what is decided once for all three: lay the parameters end to end and cut the line into W equal runs of rows.
 An optimizer that treats rows apart then computes the same bits on smaller parameters; a probe finds out if it does.
 
@@ -33,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddp import DDPNaive, Ranks, all_reduce_sum, gather_objects, get_rank, get_world_size  # isort: skip
@@ -49,7 +48,7 @@ def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, fl
     return {stage: {part: size / (world_size if part in parts else 1) for part, size in whole.items()}
             for stage, parts in sharded.items()}
 
-def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def bytes_held(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """What this rank holds at this moment. Storages are counted, not tensors: a view holds nothing of its own, but
     keeps alive all that it looks into."""
     optimizer = getattr(optimizer, "local", getattr(optimizer, "optim", optimizer))  # inside ours, inside torch's
@@ -57,8 +56,8 @@ def bytes_held(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     def count(tensors: Iterable[Any]) -> int:
         storages = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors if isinstance(t, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    state = count(tree_leaves([*optimizer.state.values()]))
-    return {"parameters": count(parameters), "gradients": count(p.grad for p in parameters), "state": state}
+    return {"parameters": count(parameters), "gradients": count(p.grad for p in parameters),
+            "state": count(tree_leaves([*optimizer.state.values()]))}
 
 # --- 2. Who owns what ---
 Owners = list[tuple[int, int]]  # of a parameter: for each rank its rows [first, end)
@@ -99,16 +98,14 @@ def own_whole(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
         load[owner] += shapes[index].numel()
     return result
 
-def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group: dict[str, Any]) -> bool:
+def treats_rows_apart(make: Callable[[list[dict]], Optimizer], group: dict[str, Any]) -> bool:
     """Whether make([group]) moves two blocks of rows as it moves their matrix: tried out. Adam does. Muon (a singular
     value is the whole matrix's) and Adafactor (means over columns) do not: cut by rows they would run, and be wrong."""
     matrix = torch.arange(48.0).sin().view(8, 6) * torch.logspace(-2, 2, 8)[:, None]  # rows of all sizes
-    matrix = matrix.to(group["params"][0].device)
-    results = []
+    matrix, results = matrix.to(group["params"][0].device), []
     for blocks in ([matrix], [matrix[:3], matrix[3:]]):
         parameters = [nn.Parameter(block.clone()) for block in blocks]
-        optimizer = make([{**group, "params": parameters}])
-        optimizer.param_groups[0]["lr"] = 0.1  # one that shows: the group's may be a warm-up's first, 0
+        optimizer = make([{**group, "params": parameters, "lr": 0.1}])  # one that shows: a warm-up's first may be 0
         for _ in range(3):
             for p in parameters:
                 p.grad = 1 + p.detach()
@@ -117,11 +114,10 @@ def treats_rows_apart(make: Callable[[list[dict]], torch.optim.Optimizer], group
             except (TypeError, RuntimeError) as error:  # LBFGS asks for a closure, SparseAdam for sparse gradients
                 raise ValueError(f"this optimizer cannot be sharded, it fails on a trial matrix: {error}") from None
         results.append(torch.cat([p.detach() for p in parameters]))
-    whole, in_blocks = results
     # not to the last bit: fused kernels round a tensor's last few numbers in another way
-    return bool((whole - in_blocks).abs().max() <= 1e-4 * (whole - matrix).abs().max())
+    return bool((results[0] - results[1]).abs().max() <= 1e-4 * (results[0] - matrix).abs().max())
 
-def owned_whole(make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict[str, Any]]) -> set[nn.Parameter]:
+def owned_whole(make: Callable[[list[dict]], Optimizer], groups: list[dict[str, Any]]) -> set[nn.Parameter]:
     """The parameters of those groups in which the optimizer needs them undivided (Muon's groups differ)."""
     return {p for group in groups if group["params"] and not treats_rows_apart(make, group) for p in group["params"]}
 
@@ -203,8 +199,7 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
             # without rows no gradient, so that no optimizer makes state. The number of users is read only by a rank
             # that is not one of them: a GPU would have to be waited for
             if shard.numel() and (used_here or users > 0):
-                average = average.view_as(shard)
-                shard.grad = average if shard.grad is None else shard.grad.add_(average)
+                shard.grad = average.view_as(shard) if shard.grad is None else shard.grad.add_(average.view_as(shard))
     return finish
 
 def whole_of(rows: Tensor, p: Tensor) -> Tensor:
@@ -224,15 +219,14 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
         return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
     return (rows_of(whole, p.owners) if hasattr(p, "owners") else whole).clone()
 
-def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, tensors: bool = True) -> dict[int, dict[str, Any]]:
+def whole_optimizer_state(optimizer: Optimizer, *, tensors: bool = True) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
     Tensors of the parameter's shape are put together (or else only their dtypes are told), one at a time, so that no
     device needs room for all. Of the rest, such as a step count, the first owner's is taken."""
     optimizer = getattr(optimizer, "local", optimizer)
     held = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
-    notes = [{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v for name, v in state.items()}
-             for p, state in held]
-    everyones = gather_objects(notes)
+    everyones = gather_objects([{name: v.dtype if isinstance(v, Tensor) and v.shape == p.shape else v
+                                 for name, v in state.items()} for p, state in held])
     result: dict[int, dict[str, Any]] = {}
     for index, (p, state) in enumerate(held):
         for name, value in everyones[first_owner(getattr(p, "owners", []))][index].items():
@@ -242,10 +236,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, tensors: bool = T
                 result.setdefault(index, {})[name] = value
     return result
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, whole: dict[str, Any]) -> None:
     """The inverse, at any world size: every rank passes the whole state dict, and its part of it is taken."""
     if hasattr(optimizer, "local"):
-        torch.optim.Optimizer.load_state_dict(optimizer, {**whole, "state": {}})
+        Optimizer.load_state_dict(optimizer, {**whole, "state": {}})
         optimizer = optimizer.local
     mine: dict[int, dict[str, Any]] = {}
     for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -258,11 +252,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, Any]
     optimizer.load_state_dict({"state": mine, "param_groups": whole["param_groups"]})
 
 # --- 4. ZeRO-1: each rank steps its own rows ---
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(Optimizer):
     """Any optimizer, with 1/W of its state on each rank. To be used as the optimizer itself, after any --ddp mode.
     Inside is an ordinary optimizer, `local`, over this rank's rows. Its step changes these, in the parameters' buffer,
     and then every rank broadcasts its segment. What is frozen (or empty) now stays whole on every rank."""
-    def __init__(self, params: Iterable, optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any) -> None:
+    def __init__(self, params: Iterable, optimizer_cls: type[Optimizer], **kwargs: Any) -> None:
         self.make, self.load, self.units = partial(optimizer_cls, **kwargs), [0] * get_world_size(), []
         super().__init__(params, self.make([{"params": []}]).defaults)
         self.local = self.make(self._shard(self.param_groups))
@@ -292,8 +286,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             p.shard.grad = None  # a view: it would keep the gradients alive when zero_grad() drops them
         for unit in self.units:
             unit.free()  # out of date, all of it
-            unit.start_gather()
-        for unit in self.units:
             unit.finish_gather()
         return loss
 
@@ -301,9 +293,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """A state dict of optimizer_cls, whole on rank 0 and without "state" elsewhere. All ranks must call it."""
         return {**super().state_dict(), "state": whole_optimizer_state(self)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a whole state dict, saved at any world size, or by optimizer_cls alone. Every rank passes the same."""
-        load_optimizer_state(self, state_dict)
+    load_state_dict = load_optimizer_state  # saved at any world size, or by optimizer_cls alone
 
 # --- 5. ZeRO-2 and FSDP: gradients, parameters ---
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
@@ -315,11 +305,9 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 class FSDP(DDPNaive):
     """Fully sharded data parallelism: of parameters, gradients and optimizer state each rank holds 1/W. The optimizer
     is an ordinary one over parameters(), which are the shards; finish_gradient_synchronization() precedes its step.
-
     A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
     gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Parameters
     that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards.
-
     compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
     whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync()
     says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same."""
@@ -457,24 +445,22 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
     return norm
 
 # --- 7. Checkpoints: whole, or in shards ---
-def full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def full_state_dicts(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The plain, whole state dicts of module and optimizer in any mode, on rank 0; ({}, {}) elsewhere. All ranks must
     call it. Names are the bare module's, and optimizer state is numbered as torch.optim does."""
     is_first, model_state = get_rank() == 0, {}
     for name, p in getattr(module, "module", module).state_dict(keep_vars=True).items():
         whole = whole_of(p.detach(), p)  # one at a time: only rank 0 keeps them
-        if is_first:
-            model_state[name] = whole.cpu()
+        model_state.update({name: whole.cpu()} if is_first else {})
     if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer: speaks on rank 0 only
         optimizer.consolidate_state_dict(to=0)
         optimizer_state = optimizer.state_dict() if is_first else {}
     else:
-        optimizer_state = {**torch.optim.Optimizer.state_dict(optimizer), "state": whole_optimizer_state(optimizer)}
+        optimizer_state = {**Optimizer.state_dict(optimizer), "state": whole_optimizer_state(optimizer)}
     return (model_state, optimizer_state) if is_first else ({}, {})
 
 @torch.no_grad()
-def load_full_state_dicts(module: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any],
-                          optimizer_state: dict[str, Any]) -> None:
+def load_full_state_dicts(module: nn.Module, optimizer: Optimizer, model_state: dict, optimizer_state: dict) -> None:
     """The inverse, at any world size and in any mode, whichever wrote them: every rank passes the whole dicts."""
     mine = getattr(module, "module", module).state_dict(keep_vars=True)
     for name, p in mine.items():
@@ -488,32 +474,28 @@ def as_piece(rows: Tensor, p: Tensor) -> Tensor:
     """This rank's rows of a whole tensor, able to answer what torch.distributed.checkpoint asks of a part: where it
     begins, of what size the whole is. So another number of ranks finds other rows, in whichever files they lie."""
     from torch.distributed.checkpoint import metadata, planner
-    start = torch.Size([p.owners[get_rank()][0], *[0] * p.ndim][: p.ndim])
+    start, piece = torch.Size([p.owners[get_rank()][0], *[0] * p.ndim][: p.ndim]), rows.view_as(rows)
     chunk = metadata.ChunkStorageMetadata(start, rows.shape)
     data = planner.TensorWriteData(chunk, metadata.TensorProperties.create_from_tensor(rows), p.whole_shape)
-    piece, kind = rows.view_as(rows), planner.WriteItemType.SHARD
     piece.size, piece.__create_chunk_list__ = lambda: p.whole_shape, lambda: [chunk]
-    piece.__create_write_items__ = lambda name, _: [
-        planner.WriteItem(metadata.MetadataIndex(name, start), kind, tensor_data=data)]
+    piece.__create_write_items__ = lambda name, _: [planner.WriteItem(
+        metadata.MetadataIndex(name, start), planner.WriteItemType.SHARD, tensor_data=data)]
     piece.__get_tensor_shard__ = lambda index: rows
     return piece
 
 class IndexReader(pickle.Unpickler):
-    """For the index beside the shards, a pickle, in which torch's own reader would run whatever code somebody put there:
-    this one knows only the names that such an index is made of."""
-    NAMES = {"torch": ("Size", "float64", "float32", "float16", "bfloat16"), "torch.serialization": ("_get_layout",),
-             "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-             "torch.distributed.checkpoint.metadata": (
-                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-                 "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-             "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",)}  # the second is Python 3.13's
-
+    """The index beside the shards is a pickle, and torch's own reader runs any code that somebody put into it. To this
+    one nothing is known but the names that such an index is made of."""
+    NAMES = {"torch": "Size float64 float32 float16 bfloat16", "torch.serialization": "_get_layout",
+             "torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.distributed.checkpoint.metadata":
+             "Metadata MetadataIndex StorageMeta ChunkStorageMetadata TensorStorageMetadata TensorProperties "
+             "_MEM_FORMAT_ENCODING", "pathlib": "PosixPath", "pathlib._local": "PosixPath"}  # that in Python 3.13
     def find_class(self, module: str, name: str) -> Any:
-        if name not in self.NAMES.get(module, ()):
+        if name not in self.NAMES.get(module, "").split():
             raise pickle.UnpicklingError(f"an index of shards has no {module}.{name} in it")
         return super().find_class(module, name)
 
-def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+def exchange_shards(action: str, module: nn.Module, optimizer: Optimizer | None, folder: Path) -> None:
     """"save" or "load", in place, what this rank holds. Where one rank fails, all raise its error."""
     import torch.distributed.checkpoint as dcp
     if hasattr(optimizer, "consolidate_state_dict"):
@@ -532,14 +514,14 @@ def exchange_shards(action: str, module: nn.Module, optimizer: torch.optim.Optim
             dcp.save(pieces, **options) if action == "save" else dcp.load(pieces, storage_reader=reader, **options)
     except dcp.CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        hint = ": remove its .pt to use the one before" * (action == "load")
-        raise OSError(f"{folder}: rank {rank} could not {action} its shard ({reason!r:.150}){hint}") from None
+        raise OSError(f"{folder}: rank {rank} could not {action} its shard ({reason!r:.150})"
+                      + ": remove its .pt to use the one before" * (action == "load")) from None
 
 def checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
-def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> tuple[dict, dict]:
+def save_shards(module: nn.Module, optimizer: Optimizer, folder: Path) -> tuple[dict, dict]:
     """Every rank writes what it holds. Returned is, on rank 0, what stands in the place of full_state_dicts' two: to be
     written afterwards, into the file that makes the folder a checkpoint. Ranks that are killed before leave none."""
     for old in folder.parent.glob("*.shards") if get_rank() == 0 else ():
@@ -547,12 +529,11 @@ def save_shards(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Pat
             shutil.rmtree(old)
     described = whole_optimizer_state(optimizer, tensors=False)  # for which all ranks wait for each other
     exchange_shards("save", module, optimizer, folder)
-    written = [*folder.glob(f"__{get_rank()}_*"), *[folder / ".metadata"] * (get_rank() == 0)]
-    checksums = gather_objects({file.name: checksum(file) for file in written})
-    return {}, {**torch.optim.Optimizer.state_dict(optimizer), "state": described,
-                "checksums": {name: value for theirs in checksums for name, value in theirs.items()}}
+    checksums = gather_objects([(file.name, checksum(file)) for pattern in (f"__{get_rank()}_*", ".metadata")
+                                for file in folder.glob(pattern)])
+    return {}, {**Optimizer.state_dict(optimizer), "state": described, "checksums": dict(sum(checksums, []))}
 
-def load_shards(module: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, described: dict) -> None:
+def load_shards(module: nn.Module, optimizer: Optimizer | None, folder: Path, described: dict) -> None:
     """The inverse, at any world size and in any mode but torch_zero1: every rank takes no more than its own rows, after
     the ranks have shared out the files to verify their checksums, which torch does not. No optimizer: weights only."""
     mine = sorted(described["checksums"].items())[get_rank() :: get_world_size()]
@@ -582,14 +563,13 @@ def main(argv: list[str] | None = None) -> None:
     world_size = parser.parse_args(argv).world_size
     alone = run_ranks(_demo, 1, "none", world_size)[0]["model"]
     num_parameters = sum(tensor.numel() for tensor in alone.values())
-    table = memory_table(num_parameters, world_size)
     print(f"{num_parameters:,} parameters, {world_size} processes: MB held by the one that holds most (and by formula)")
     print(f"{'--shard_opt':12}{'parameters':>16}{'gradients':>16}{'state':>16}{'MB sent':>10}{'max difference':>16}")
     for mode in ("none", *MODES):
         by_rank = run_ranks(_demo, world_size, mode, world_size)
-        formulas = table[mode.removeprefix("torch_")]
+        formula = memory_table(num_parameters, world_size)[mode.removeprefix("torch_")]
         held = "".join(f"{max(r[part] for r in by_rank) / 1e6:8.2f} ({size / 1e6:5.2f})"
-                       for part, size in formulas.items())
+                       for part, size in formula.items())
         difference = max((tensor - by_rank[0]["model"][name]).abs().max().item() for name, tensor in alone.items())
         print(f"{mode:12}{held}{by_rank[0]['sent'] / 1e6:10.2f}{difference:16.1e}")
 

@@ -694,7 +694,7 @@ def test_damaged_shards(tmp_path):
     cases = [("fsdp", 48, name, False, "could not load its shard") for name in ("cut", "missing", "unfinished")]
     cases += [("fsdp", 96, "good.shards", False, "could not load its shard"),
               ("fsdp", 48, "hostile", False, "an index of shards has no posix.mkdir in it"),
-              ("fsdp", 48, "members", False, "an index of shards has no torch.distributed.checkpoint.metadata.os.mkdir")]
+              ("fsdp", 48, "members", False, "has no torch.distributed.checkpoint.metadata.os.mkdir in it")]
     cases += [("fsdp", 48, name, True, f"{victim} is damaged or missing")
               for name, victim in [("cut", victims[1]), ("missing", victims[0]), ("unfinished", victims[2]),
                                    *zip(flips, itertools.cycle(victims))]]
