@@ -89,8 +89,7 @@ class ModelConfig:
             raise ValueError(f"d_model / num_heads is {self.head_dim}: pos rope turns pairs, so it must be even")
         if not (self.rope_theta > 0 and 0 <= self.dropout < 1):
             raise ValueError(f"rope_theta {self.rope_theta} must be above 0, dropout {self.dropout} in [0, 1)")
-        if self.balance_rate is None:
-            self.balance_rate = 0.001 if self.balance == "bias" else 0.01
+        self.balance_rate = {"bias": 0.001}.get(self.balance, 0.01) if self.balance_rate is None else self.balance_rate
         if self.num_experts and not (self.ffn == "swiglu" and 1 <= self.experts_per_token <= self.num_experts > 1
                                      and 1 <= self.moe_every <= self.num_layers and self.shared_experts >= 0):
             raise ValueError(f"num_experts {self.num_experts} must be 0 or more than 1, ffn swiglu, experts_per_token "
@@ -98,8 +97,7 @@ class ModelConfig:
         self.moe_layers = [n for n in range(self.num_layers) if self.num_experts and (n + 1) % self.moe_every == 0]
 
 GPT2 = dict(vocab_size=50_257, context_length=1_024)
-# The gpt2 rows have the published widths and depths, not GPT-2's details: here the norm is RMSNorm, positions are
-# rotary and the feed-forward network is gated. 10m to 350m tie the embeddings, as GPT-2 does. 7b is Llama's shape.
+# The gpt2 rows have the published widths and depths, but RMSNorm, rotary positions and gates. 7b is Llama's shape.
 PRESETS: dict[str, dict] = {
     "laptop": dict(vocab_size=4_096, context_length=176, d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
                    qk_norm=True, tie_embeddings=True),
@@ -122,8 +120,7 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     >>> softmax(torch.tensor([0.0, 1000.0, 1000.0]), dim=0)
     tensor([0.0000, 0.5000, 0.5000])
     """
-    # exp(1000) overflows. Subtracting the maximum divides numerator and denominator by the same factor, which changes
-    # neither the result nor the gradient: so it is detached.
+    # exp(1000) overflows. Subtracting the maximum divides above and below by one factor: result and gradient stay.
     exponentials = torch.exp(x - x.detach().amax(dim=dim, keepdim=True))
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
@@ -149,18 +146,16 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return weights.masked_fill(~mask, 0.0) @ v  # (..., T, Dv)
 
 # --- 3. The layers: linear, embedding, norm, feed-forward, rotary ---
-def truncated_normal(*size: int, std: float) -> nn.Parameter:
+def trunc_normal(*size: int, std: float) -> nn.Parameter:
     """A parameter drawn from a normal distribution cut at three standard deviations: no weight starts as an outlier."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(size), std=std, a=-3 * std, b=3 * std))
 
 class Linear(nn.Module):
-    """y = x W^T with W (out_features, in_features), no bias.
-    The variance 2 / (in + out) is Glorot's: between 1/in, which preserves the scale of activations on the way
-    forward, and 1/out, which preserves that of gradients on the way back."""
+    """y = x W^T with W (out_features, in_features), no bias. Glorot's variance 2 / (in + out) is between 1/in, which
+    preserves the scale of activations on the way forward, and 1/out, which does so for gradients on the way back."""
     def __init__(self, in_features: int, out_features: int, *, std: float | None = None) -> None:
         super().__init__()
-        std = math.sqrt(2 / (in_features + out_features)) if std is None else std
-        self.weight = truncated_normal(out_features, in_features, std=std)
+        self.weight = trunc_normal(out_features, in_features, std=std or math.sqrt(2 / (in_features + out_features)))
 
     def forward(self, x: Tensor) -> Tensor:
         num_out, num_in = self.weight.shape
@@ -175,7 +170,7 @@ class Embedding(nn.Module):
     """One row of `embedding_dim` numbers for each of `num_embeddings` ids, looked up by index."""
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.weight = truncated_normal(num_embeddings, embedding_dim, std=1.0)
+        self.weight = trunc_normal(num_embeddings, embedding_dim, std=1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
         # subtle: index_select would do the same, but on CUDA its backward adds up repeated ids in no fixed order.
@@ -185,8 +180,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019): LayerNorm, no centring."""
     def __init__(self, d_model: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         # Squares overflow float16 and lose digits in bfloat16, so at least float32 inside; down only after the gain.
@@ -194,27 +188,24 @@ class RMSNorm(nn.Module):
         inverse_rms = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)  # (..., 1)
         return (wide * inverse_rms * self.weight).to(x.dtype)  # (..., C)
 
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x) (Shazeer 2020, "GLU Variants"): w3 proposes d_ff features, w1 decides how much of each."""
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.w1 = Linear(d_model, d_ff)  # gate
-        self.w2 = Linear(d_ff, d_model)  # down
-        self.w3 = Linear(d_model, d_ff)  # up
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(silu(self.w1(x)) * self.w3(x))  # (..., C) -> (..., F) -> (..., C)
-
 class FeedForward(nn.Module):
-    """w2(activation(w1 x)): the ungated network of the first Transformers; relu2 is relu squared (So et al. 2021)."""
-    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+    """w2(activation(w1 x)): the network of the first Transformers; relu2 is relu squared (So et al. 2021)."""
+    def __init__(self, d_model: int, d_ff: int, activation: str = "silu") -> None:
         super().__init__()
-        self.w1 = Linear(d_model, d_ff)  # up
-        self.w2 = Linear(d_ff, d_model)  # down
+        self.w1, self.w2 = Linear(d_model, d_ff), Linear(d_ff, d_model)  # up, down
         self.activation = {"silu": silu, "relu": torch.relu, "relu2": lambda x: torch.relu(x).square()}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))  # (..., C) -> (..., F) -> (..., C)
+
+class SwiGLU(FeedForward):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020, "GLU Variants"): w3 proposes d_ff features, w1 decides how much of each."""
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(d_model, d_ff)
+        self.w3 = Linear(d_model, d_ff)  # up, where w1 is the gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))  # (..., C) -> (..., F) -> (..., C)
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the pair (x[2i], x[2i+1]) of a query or key by the angle position * theta^(-2i / d_k) (Su et al. 2021).
@@ -226,20 +217,15 @@ class RotaryPositionalEmbedding(nn.Module):
     """
     def __init__(self, theta: float, d_k: int, max_seq_len: int) -> None:
         super().__init__()
-        assert d_k % 2 == 0, f"d_k must be even to be turned in pairs, got {d_k}"
-        self.sizes = (theta, d_k, max_seq_len)
+        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64, device="cpu") / d_k)  # (D/2,)
+        angles = torch.outer(frequencies.new_tensor(range(max_seq_len)), frequencies)  # (max_seq_len, D/2)
+        self.exact = torch.stack((angles.cos(), angles.sin()), dim=-1)  # (max_seq_len, D/2, 2)
         # The table follows from the configuration, so it is not persistent: checkpoints do not carry it.
-        self.register_buffer("cos_sin", self.table().to(torch.get_default_dtype()), persistent=False)
-
-    def table(self) -> Tensor:
-        theta, d_k, max_seq_len = self.sizes
-        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64) / d_k)  # (D/2,)
-        angles = torch.arange(max_seq_len, dtype=torch.float64)[:, None] * frequencies  # (max_seq_len, D/2)
-        return torch.stack((angles.cos(), angles.sin()), dim=-1)  # (max_seq_len, D/2, 2)
+        self.register_buffer("cos_sin", self.exact.to(torch.get_default_dtype()), persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # subtle: model.bfloat16() means the weights; turns of three digits blur positions
-        self.cos_sin = self.table().to(self.cos_sin.device, torch.promote_types(self.cos_sin.dtype, torch.float32))
+        self.cos_sin = self.exact.to(self.cos_sin.device, torch.promote_types(self.cos_sin.dtype, torch.float32))
         return self
 
     def forward(self, x: Tensor, token_positions: Tensor) -> Tensor:
@@ -272,8 +258,7 @@ def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor,
         grouped = x.is_cuda and dtype == torch.bfloat16 and w1.shape[1] % 8 == w1.shape[2] % 8 == 0
     by_expert, order = chosen.flatten().sort(stable=True)  # (N K,): place in the sorted rows -> choice
     ends = torch.searchsorted(by_expert, torch.arange(len(w1), device=device), right=True, out_int32=True)  # (E,)
-    # subtle: x[order // K] would be shorter, but its backward adds up K rows, on CUDA in no fixed order. Copied first,
-    # rows are only permuted, and so are their gradients.
+    # subtle: the backward of x[order // K] adds up K rows, on CUDA in no fixed order; copied first, rows are permuted.
     rows = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)  # (N K, C)
     if grouped:
         product = lambda a, w: F.grouped_mm(a.to(dtype), w.to(dtype).mT, offs=ends)  # noqa: E731
@@ -286,9 +271,7 @@ def mix_sorted(x: Tensor, chosen: Tensor, gates: Tensor, w1: Tensor, w2: Tensor,
 
 class MixtureOfExperts(nn.Module):
     """E SwiGLUs, of which a router picks K for each token: parameters grow with E, work with K (Shazeer et al. 2017).
-
         p = softmax(router x)      y = sum over the K greatest p_e of  p_e / (their sum) * expert_e(x)
-
     Left alone, a router feeds the experts that learn first. What balances it is a loss, E sum_e (e's share of choices)
     (mean p_e), which is 1 when all shares are equal ("Switch Transformers", equation 4); or a bias on p that decides
     the choice and not the gate, and steps up where fewer tokens came (Wang et al. 2024). At -inf the expert is off."""
@@ -297,7 +280,7 @@ class MixtureOfExperts(nn.Module):
         e, c, f = config.num_experts, config.d_model, config.d_ff
         self.num_experts, self.k, std = e, config.experts_per_token, math.sqrt(2 / (c + f))
         self.router = Linear(c, e, std=1 / math.sqrt(c))
-        self.w1, self.w2, self.w3 = (truncated_normal(e, *size, std=std) for size in ((f, c), (c, f), (f, c)))
+        self.w1, self.w2, self.w3 = (trunc_normal(e, *size, std=std) for size in ((f, c), (c, f), (f, c)))
         self.shared = SwiGLU(c, config.shared_experts * f) if config.shared_experts else None
         self.register_buffer("bias", torch.zeros(e))
         self.mix, self.balance_loss = mix_sorted, None
@@ -324,8 +307,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, 
 
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
-    """The attention that all layers of one forward pass share. `is_causal` promises that the mask is a triangle or,
-    of one query, empty.
+    """The attention of all layers of one pass. is_causal promises that the mask is a triangle or, of one query, empty.
     positions and segment_ids (T,) or (B, T) are the queries'; the keys' are the same unless given, (S,) or (B, S).
     Who sees whom is flash.visible's to say: nothing later, nothing of another segment, never padding.
     naive   the definition of section 2: writes the (B, H, T, S) scores to memory, several times
@@ -348,14 +330,12 @@ def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = No
     # subtle: what a query without keys gets is left to each fused kernel. It is shown all keys, and cleared after.
     blind = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, T, 1)
     shown = mask | blind  # (1 or B, 1, T, S), once for all layers
-
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kind == "naive":  # key/value head g serves the query heads g * H/G to (g + 1) * H/G - 1
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
             return scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, enable_gqa=True)  # (B, H, T, D)
         return out.masked_fill(blind, 0.0)
-
     return attend
 
 def document_places(token_ids: Tensor, end_of_text_id: int, is_padding: Tensor | None = None) -> dict[str, Tensor]:
@@ -375,8 +355,7 @@ class KVCache:
     A call of the model with `cache` appends its T tokens to the `length` slots in use, the same number in every row.
     Shorter prompts have places of segment PADDING_SEGMENT_ID in front, where nobody looks and positions do not count,
     so that every row is what it would be alone. Length 0 forgets all. No gradient passes through what is cached."""
-    def __init__(self, config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, dtype:
-                 torch.dtype | None = None) -> None:
+    def __init__(self, config: ModelConfig, batch_size: int, *, device=None, dtype: torch.dtype | None = None) -> None:
         size = (config.num_layers, batch_size, config.num_kv_heads, config.context_length, config.head_dim)
         self.keys = torch.empty(size, device=device, dtype=dtype)  # (num_layers, B, G, context_length, D)
         self.values = torch.empty_like(self.keys)  # (num_layers, B, G, context_length, D)
@@ -386,16 +365,14 @@ class KVCache:
 
     def bytes_per_token(self) -> int:
         """Bytes that one more token of one row occupies, over all layers."""
-        num_layers, _, num_kv_heads, _, head_dim = self.keys.shape
-        return 2 * num_layers * num_kv_heads * head_dim * self.keys.element_size()
+        return 2 * self.keys[:, 0, :, 0].numel() * self.keys.element_size()
 
     def reserve(self, num_rows: int, num_tokens: int, positions: Tensor | None, segment_ids: Tensor | None) -> None:
         """Note position and segment of `num_tokens` more tokens; what is not given continues the row, as segment 0."""
         batch_size, capacity = self.positions.shape
-        if num_rows != batch_size:
-            raise ValueError(f"the cache was made for {batch_size} rows and got {num_rows}: make one for each batch")
-        if self.length + num_tokens > capacity:
-            raise ValueError(f"the cache holds {self.length} tokens and cannot take {num_tokens} more: set length to 0")
+        if num_rows != batch_size or self.length + num_tokens > capacity:
+            raise ValueError(f"the cache, made for {batch_size} rows of {capacity} tokens, holds {self.length}: it "
+                             f"cannot take {num_rows} rows of {num_tokens} more; make another, or set length to 0")
         new = slice(self.length, self.length + num_tokens)
         # Plain is one document without padding: the last token sees all others.
         self.is_plain = (self.is_plain or self.length == 0) and positions is None and segment_ids is None
@@ -415,15 +392,13 @@ class KVCache:
 # --- 7. Self-attention, block, language model ---
 class MultiHeadSelfAttention(nn.Module):
     """Causal self-attention: num_heads attentions side by side, each on its own d_model / num_heads projections of x.
-    With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: so much smaller is the
-    cache for decoding, and hardly worse the quality."""
+    With fewer key/value heads (grouped queries, Ainslie et al. 2023) H/G query heads share one: a smaller cache."""
     def __init__(self, d_model: int, num_heads: int, *, num_kv_heads: int | None = None, rope: RotaryPositionalEmbedding
                  | None = None, qk_norm: bool = False) -> None:
         super().__init__()
         self.head_dim = d_model // num_heads
         self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
-        self.v_proj = Linear(d_model, self.head_dim * (num_kv_heads or num_heads))
+        self.k_proj, self.v_proj = (Linear(d_model, self.head_dim * (num_kv_heads or num_heads)) for _ in range(2))
         self.output_proj = Linear(d_model, d_model)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.rope = rope
@@ -449,8 +424,7 @@ class TransformerBlock(nn.Module):
         dense = SwiGLU if config.ffn == "swiglu" else partial(FeedForward, activation=config.ffn)
         self.ffn = MixtureOfExperts(config) if layer in config.moe_layers else dense(c, f)
         self.ln1, self.ln2 = (RMSNorm(c) if config.norm != "none" else nn.Identity() for _ in range(2))
-        self.dropout = nn.Dropout(config.dropout)
-        self.post_norm = config.norm == "post"
+        self.dropout, self.post_norm = nn.Dropout(config.dropout), config.norm == "post"
 
     def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         if self.post_norm:  # the order of 2017: every sum is normalized, so the gradient passes through every norm
@@ -461,9 +435,8 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.ffn(self.ln2(x)))  # (B, T, C)
 
 class TransformerLM(nn.Module):
-    """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1.
-    `attention` replaces the local attention, for example by one that spreads a sequence over several processes. It is
-    called as attention(q, k, v, positions=..., segment_ids=...) with k and v in their G heads."""
+    """Token ids (B, T) to logits (B, T, V), where logits[:, t] score the token at t + 1. `attention` replaces the
+    local one, as ddp.py's: it is called as attention(q, k, v, positions=..., segment_ids=...), k and v in G heads."""
     def __init__(self, config: ModelConfig, attention: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.config, self.attention = config, attention
@@ -484,8 +457,7 @@ class TransformerLM(nn.Module):
         if config.tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight
             self.embedding_scale = 1 / std  # to unit variance on the way in ("Attention Is All You Need", 3.4)
-        # 2 num_layers branches add to the stream. Scaled so that their variances add up to one branch's, it keeps its
-        # size at any depth, with norms or without (GPT-2 report, section 2.3).
+        # 2 num_layers branches add to the stream: scaled so, their variances add up to one's, at any depth (GPT-2).
         with torch.no_grad():
             for name, parameter in self.layers.named_parameters():
                 if "output_proj" in name or ".w2" in name:
@@ -508,10 +480,8 @@ class TransformerLM(nn.Module):
             positions, segment_ids = (x[:, -num_tokens:] for x in keys)  # (B, T) each
         elif positions is None:
             positions = torch.arange(num_tokens, device=token_ids.device)  # (T,)
-        if self.attention is not None:
-            attend = partial(self.attention, positions=positions, segment_ids=segment_ids)
-        else:
-            attend = make_attention(self.config.attention, positions, segment_ids, *keys, is_causal=is_causal)
+        attend = (partial(self.attention, positions=positions, segment_ids=segment_ids) if self.attention else
+                  make_attention(self.config.attention, positions, segment_ids, *keys, is_causal=is_causal))
         x = self.token_embeddings(token_ids)  # (B, T, C)
         if self.config.tie_embeddings:
             x = x * self.embedding_scale  # (B, T, C)
@@ -524,8 +494,7 @@ class TransformerLM(nn.Module):
         return self.ln_final(x)  # (B, T, C)
 
     def forward(self, token_ids: Tensor, *, head: Callable[[Tensor, Tensor], Tensor] | None = None, **places) -> Tensor:
-        """Logits (B, T, V), or what `head` makes of hidden states (B, T, C) and lm_head's weight (V, C). `places` are
-        positions, segment_ids and cache of forward_hidden."""
+        """Logits (B, T, V), or what `head` makes of forward_hidden's result (B, T, C) and lm_head's weight (V, C)."""
         x = self.forward_hidden(token_ids, **places)  # (B, T, C)
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
 
@@ -549,18 +518,15 @@ class TransformerLM(nn.Module):
         for layer, moe in self.moe.items():
             if isinstance(counts := moe.counts + moe.step_counts, Tensor):  # there were tokens
                 *load, entropy = total(counts).tolist()
-                entropy *= moe.k / sum(load) / math.log(moe.num_experts)
-                rows.append({"layer": layer, "load": [number / sum(load) for number in load], "entropy": entropy,
+                rows.append({"layer": layer, "load": [number / sum(load) for number in load],
+                             "entropy": entropy * moe.k / sum(load) / math.log(moe.num_experts),
                              "violation": max(load) * moe.num_experts / sum(load) - 1})
                 moe.counts = moe.step_counts = 0.0
         return rows
 
 # --- 8. What it costs: parameters, FLOPs, memory ---
 def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int]:
-    """Number of parameters by part; the sum of the values is the model's. active: of those that one token passes.
-    >>> sum(count_parameters(ModelConfig(**PRESETS["baseline"])).values())
-    22696448
-    """
+    """Number of parameters by part; the sum of the values is the model's. active: of those that one token passes."""
     c, kv_width, num_moe = config.d_model, config.num_kv_heads * config.head_dim, len(config.moe_layers)
     experts = config.shared_experts + (config.experts_per_token if active else config.num_experts)
     networks = config.num_layers - num_moe + num_moe * experts
@@ -576,10 +542,7 @@ def count_parameters(config: ModelConfig, active: bool = False) -> dict[str, int
 def flops_per_token(config: ModelConfig, context_length: int | None = None) -> dict[str, int]:
     """FLOPs of the forward pass by part, per token of a sequence of `context_length`; training costs 3 times as much.
     A product of (m, n) and (n, p) takes m n p multiplications and as many additions; the backward pass makes two more
-    for the gradients of its factors, hence 3. All else is left out; scores that the mask hides count as computed.
-    >>> {part: f"{flops / 1e6:.1f}M" for part, flops in flops_per_token(ModelConfig()).items()}
-    {'projections': '8.4M', 'attention': '2.1M', 'ffn': '16.5M', 'head': '10.2M'}
-    """
+    for the gradients of its factors, hence 3. All else is left out; scores that the mask hides count as computed."""
     context_length, parameters = context_length or config.context_length, count_parameters(config, active=True)
     return {
         "projections": 2 * parameters["attention"],  # each weight is used once per token
@@ -589,10 +552,9 @@ def flops_per_token(config: ModelConfig, context_length: int | None = None) -> d
     }
 
 def training_memory(config: ModelConfig, batch_size: int, context_length: int | None = None, chunk: int = 512) -> dict:
-    """Bytes of a float32 training step by part, for `batch_size` sequences on one device.
-    Activations are what autograd keeps from the forward for the backward pass. The loss is train.linear_cross_entropy:
-    it keeps the gradients of hidden states and lm_head, and works on the logits of one `chunk` of tokens (512; on a GPU
-    4,096). Left out are dropout's masks, temporary buffers, and that autocast keeps some in half precision."""
+    """Bytes of a float32 training step by part, for `batch_size` sequences on one device. Activations are what autograd
+    keeps for the backward pass. The loss, train.linear_cross_entropy, keeps gradients of hidden states and lm_head, and
+    logits of one `chunk` of tokens (on a GPU 4,096). Left out: dropout's masks, temporary buffers, autocast."""
     context_length, layers = context_length or config.context_length, config.num_layers
     c, f, kv_width = config.d_model, config.d_ff, config.num_kv_heads * config.head_dim
     tokens, parameters = batch_size * context_length, sum(count_parameters(config).values())
@@ -620,31 +582,28 @@ def training_memory(config: ModelConfig, batch_size: int, context_length: int | 
     }
 
 # --- 9. Command line ---
-def show(names: list[str], batch_size: int, length: int | None) -> None:
-    """The three accounts, one table each: a line for each preset in millions, or for one exactly."""
-    accounts = {
-        "Parameters": count_parameters,
-        "FLOPs per token of the forward pass (training: 3 times as many)": lambda c: flops_per_token(c, length),
-        f"Bytes of a float32 training step on {batch_size} sequences": lambda c: training_memory(c, batch_size, length),
-    }
-    unit, digits = (1e6, 2) if len(names) > 1 else (1, 0)
-    for title, account in accounts.items():
-        tables = {name: account(ModelConfig(**PRESETS[name])) for name in names}
-        print(f"\n{title}\n{'in millions' if len(names) > 1 else '':11}", end="")
-        print("".join(f"{part:>16}" for part in (*tables[names[0]], "total")))
-        for name, parts in tables.items():
-            print(f"{name:11}" + "".join(f"{n / unit:16,.{digits}f}" for n in (*parts.values(), sum(parts.values()))))
-
 def main(argv: list[str] | None = None) -> None:
-    # without a usage line argparse answers a mistake in one sentence
+    """Print three accounts, one table each: a line for each preset in millions, or for one exactly."""
     parser = argparse.ArgumentParser("model.py", usage=argparse.SUPPRESS, description="What each preset costs.")
     parser.add_argument("--preset", choices=PRESETS, help="show one in detail")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of the training step (default: 8)")
     parser.add_argument("--context_length", type=int, help="tokens of a sequence (default: the preset's)")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.context_length is not None and args.context_length < 1:
+    batch_size, length = args.batch_size, args.context_length
+    if batch_size < 1 or length is not None and length < 1:
         parser.error("--batch_size and --context_length must be at least 1")
-    show([args.preset] if args.preset else list(PRESETS), args.batch_size, args.context_length)
+    names, unit, digits = ([args.preset], 1, 0) if args.preset else (list(PRESETS), 1e6, 2)
+    accounts = {
+        "Parameters": count_parameters,
+        "FLOPs per token of the forward pass (training: 3 times as many)": lambda c: flops_per_token(c, length),
+        f"Bytes of a float32 training step on {batch_size} sequences": lambda c: training_memory(c, batch_size, length),
+    }
+    for title, account in accounts.items():
+        tables = {name: account(ModelConfig(**PRESETS[name])) for name in names}
+        print(f"\n{title}\n{'' if args.preset else 'in millions':11}", end="")
+        print("".join(f"{part:>16}" for part in (*tables[names[0]], "total")))
+        for name, parts in tables.items():
+            print(f"{name:11}" + "".join(f"{n / unit:16,.{digits}f}" for n in (*parts.values(), sum(parts.values()))))
 
 if __name__ == "__main__":
     main()

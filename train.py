@@ -22,6 +22,7 @@ the same bits; a checkpoint is written whole or not at all; what was measured st
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -32,14 +33,13 @@ import time
 import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, alone_in, load_tokens, prepare, room_for
 from bpe import story_nats, write_atomically, write_json
@@ -70,8 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     A mean has one number as its gradient, so everything else can be computed on the way forward, while a chunk's logits
     are in the cache: with p = softmax(logits), d logits = (p - onehot(target)) / tokens, and from it
         d hidden = d logits @ weight        d weight = sum over chunks of  d logits.T @ hidden
-    Loss and head take 0.6 of the plain way's time on the laptop preset (two cores; 0.85 at 10,000 tokens of vocabulary
-    and d_model 512), and memory for one chunk of logits."""
+    It takes 0.6 (laptop) to 0.85 (baseline) of the plain way's time on two cores, and memory for a chunk of logits."""
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, C), weight (V, C), targets (N,) -> a scalar."""
@@ -176,21 +175,18 @@ class Muon(AdamW):
     def update_group(self, group: dict, parameters: list[Tensor]) -> None:
         if not group.get("muon"):
             return super().update_group(group, parameters)
-        by_shape: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape are orthogonalized in one batch
-        for p in parameters:
-            by_shape.setdefault(p.shape, []).append(p)
-        for (*_, m, n), same in by_shape.items():
-            directions = []
+        for shape in dict.fromkeys(p.shape for p in parameters):  # orthogonalized in one batch
+            same, directions = [p for p in parameters if p.shape == shape], []
             for p in same:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 directions.append(p.grad.lerp(momentum, 0.95))  # looks one step ahead (Nesterov)
-            scale = {"original": max(1, m / n), "match_rms_adamw": 0.04 * max(m, n)}[self.adjust_lr_fn] ** 0.5
+            scales = {"original": max(1, shape[-2] / shape[-1]) ** 0.5, "match_rms_adamw": 0.2 * max(shape[-2:]) ** 0.5}
             for p, update in zip(same, orthogonalize(torch.stack(directions))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * scale)
+                p.add_(update, alpha=-group["lr"] * scales[self.adjust_lr_fn])
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Who is treated how. Gains of norms do not decay: shrinking one only rescales what the next matrix undoes. Muon
     takes the matrices inside the blocks; rows of embedding, head and router stand each for itself: AdamW's."""
     hidden, others, gains = [], [], []
@@ -229,8 +225,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
 
 # --- 4. Batches ---
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device, *,
-              rng: np.random.Generator | None = None, rows: slice = slice(None), starts: Sequence[int] = ()
-              ) -> tuple[Tensor, Tensor]:
+              rng: np.random.Generator | None = None, rows: slice = slice(None), starts: Sequence[int] = ()) -> tuple:
     """Random windows of a long token array and, for each position, the token that follows: two (B, T) int64 tensors.
     Starts 0 ... n - T - 1 are equally likely, or those in `starts`, if any. All batch_size starts are drawn from `rng`,
     then `rows` of them are read: ranks draw the same starts and each reads its share, from a memory map perhaps."""
@@ -244,13 +239,12 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     return batch[:, :-1], batch[:, 1:]  # (B, T), (B, T)
 
 # --- 5. Checkpoints ---
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside a compiled (`_orig_mod`) or data-parallel (`module`) one, so that saved names are its own."""
     inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
     return module if inner is None else unwrapped(inner)
 
-def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, iteration: int, out,
-                    **extra) -> None:
+def save_checkpoint(model: nn.Module | dict, optimizer: torch.optim.Optimizer | dict, iteration: int, out, **extra):
     """Write model and optimizer (or their state dicts), iteration and `extra` (plain values, tensors) to a path or a
     binary file object. A path gets its name when the file is whole and on the disk: nobody ever finds half of one."""
     states = [x if isinstance(x, dict) else unwrapped(x).state_dict() for x in (model, optimizer)]
@@ -276,7 +270,7 @@ def read_checkpoint(src) -> dict:
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it to use the one before") from error
 
-def load_checkpoint(src, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+def load_checkpoint(src, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
     payload = read_checkpoint(src)
     unwrapped(model).load_state_dict(payload["model"])
@@ -295,9 +289,8 @@ class ValidationSet:
     a model writes it, and as the generator's -log p is reckoned. question_end: the token before an answer to score."""
     def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, *, context_length: int, batch_size: int,
                  max_tokens: int, by_document: bool = False, question_end: int | None = None):
-        # of text that each id stands for
         self.token_bytes = np.array([len(tokenizer.vocab.get(n, b"")) for n in range(tokenizer.vocab_size)])  # (V,)
-        self.token_bytes[[tokenizer.token_ids[special.encode()] for special in tokenizer.special_tokens]] = 0
+        self.token_bytes[[tokenizer.token_ids[name.encode()] for name in tokenizer.special_tokens]] = 0  # are no text
         tokens = np.asarray(tokens[: max_tokens + 1], dtype=np.int64)
         rows = [tokens[start : start + context_length + 1] for start in range(0, len(tokens) - 1, context_length)]
         self.floor = self.question_end = None  # floor: the generator's own nats per byte, which no model can undercut
@@ -310,14 +303,11 @@ class ValidationSet:
                 with contextlib.suppress(ValueError):  # the text is not this generator's: no floor either
                     nats = sum(story_nats(tokenizer.decode(document[:-1].tolist())) for document in documents)
                     self.floor = nats / sum(self.token_bytes[document].sum() for document in documents)
-        if not rows:
-            raise UserError("the validation split is empty: take a longer text")
-        groups = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-        # (B, T + 1) each: a row's tokens from its second on are the targets, and -1 is padding
-        self.batches = [np.array(list(itertools.zip_longest(*group, fillvalue=-1))).T.copy() for group in groups]
+        self.batches = [np.array(list(itertools.zip_longest(*rows[n : n + batch_size], fillvalue=-1))).T.copy()
+                        for n in range(0, len(rows), batch_size)]  # (B, T + 1) each, where -1 is padding
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
+def evaluate(model: nn.Module, validation: ValidationSet, device: torch.device, autocast, ranks: Ranks,
              places_of: Callable[[Tensor], dict] = lambda inputs: {}) -> dict:
     """Mean loss over the validation tokens, in nats per token, and in bits per byte of text, which compares models with
     different tokenizers, too. The ranks share the batches. Where documents are problems, exact_match is the share whose
@@ -345,19 +335,17 @@ def evaluate(model: torch.nn.Module, validation: ValidationSet, device: torch.de
 # --- 7. Writing down what happened ---
 class RunLog:
     """`log.jsonl`: one JSON object a line, each flushed as it is written, and the same values to wandb when asked."""
-    def __init__(self, folder: Path, resume_at: int, description: dict | None = None, to_wandb: bool = False):
+    def __init__(self, folder: Path, resume_at: int, to_wandb: bool = False):
         def refuse(waiting: str) -> None:
             raise UserError(f"{folder}: another process is training this run: wait, or choose a --run_name")
         path, self.lock = folder / "log.jsonl", contextlib.ExitStack()
+        self.close = self.lock.close
         self.lock.enter_context(alone_in(folder, refuse))
-        if description:  # not before the folder is ours
-            write_json(folder / "config.json", description)
-        self.wandb_run = import_module("wandb").init(project="train.py", name=folder.name) if to_wandb else None
-        if path.exists():  # cut a torn last line and what lies past the checkpoint
-            kept = [line for line in read_log(path) if line["step"] <= resume_at]
-            with write_atomically(path) as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-        self.file = open(path, "a", encoding="utf-8")
+        self.wandb_run = to_wandb and importlib.import_module("wandb").init(project="train.py", name=folder.name)
+        kept = [line for line in read_log(path) if line["step"] <= resume_at] if path.exists() else []
+        with write_atomically(path) as file:  # a torn last line and what lies past the checkpoint are cut
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self.file = self.lock.enter_context(open(path, "a", encoding="utf-8"))
 
     def write(self, line: dict) -> None:
         finite = {name: x for name, x in line.items() if not isinstance(x, float) or math.isfinite(x)}  # JSON lacks inf
@@ -365,10 +353,6 @@ class RunLog:
             print(json.dumps(finite), file=self.file, flush=True)
         if self.wandb_run:
             self.wandb_run.log(line, step=line["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.lock.close()
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; one that is not whole, such as a last one that a kill has cut off, is left out."""
@@ -378,24 +362,17 @@ def read_log(path: Path) -> list[dict]:
             lines += [values] if "step" in (values := json.loads(line)) else []
     return lines
 
-def clock(seconds: float) -> str:
-    """Seconds as 1:15 or 3:00:05."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
 def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str:
     """A line of the log as people read it; of an evaluation, how near the loss is to the corpus's own entropy, too.
     >>> progress_line({"step": 50, "tokens": 153_600, "train_loss": 4.2179, "lr": 3e-3, "grad_norm": 0.5123,
     ...                "tokens_per_second": 20481.7}, 680)
-    'step    50/680   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s    1:34 left'
+    'step    50/680   loss  4.2179   lr 3.00e-03   norm  0.512    20,482 tokens/s   0:01:34 left'
     """
     step, text = line["step"], f"step {line['step']:{max(len(str(max_steps)), 5)}}/{max_steps}   "
     if "val_loss" not in line:
         left = (max_steps / step - 1) * line["tokens"] / line["tokens_per_second"]
-        worst = max((layer["violation"] for layer in line.get("experts", ())), default=None)  # replaces the known lr
-        lr = f"lr {line['lr']:.2e}" if worst is None else f"violation {worst:.2f}"
-        return text + (f"loss {line['train_loss']:7.4f}   {lr}   norm {line['grad_norm']:6.3f}   "
-                       f"{line['tokens_per_second']:7,.0f} tokens/s   {clock(left):>5} left")
+        return text + (f"loss {line['train_loss']:7.4f}   lr {line['lr']:.2e}   norm {line['grad_norm']:6.3f}   "
+                       f"{line['tokens_per_second']:7,.0f} tokens/s   {timedelta(seconds=int(left))} left")
     loss, bits = line["val_loss"], line["val_bits_per_byte"]
     perplexity = math.exp(min(loss, 700))
     text += f"val {loss:7.4f}   perplexity {perplexity:,.{2 if perplexity < 100 else 0}f}   {bits:.4f} bits/byte"
@@ -411,10 +388,8 @@ def plot_runs(folders: list[Path], picture: Path) -> Path:
         lines = read_log(folder / "log.jsonl")
         for axis, panel in zip(("step", "tokens", "seconds"), panels):
             for key, style in (("train_loss", {"alpha": 0.3}), ("val_loss", {"marker": ".", "label": folder.name})):
-                points = [(line[axis], line[key]) for line in lines if key in line] or [(0, math.nan)]
-                panel.plot(*zip(*points), color=f"C{number}", **style)
-            panel.set(xlabel=axis)
-    panels[0].set(ylabel="nats per token: training pale, validation dotted")
+                panel.plot(*zip(*((x[axis], x[key]) for x in lines if key in x)), color=f"C{number}", **style)
+            panel.set(xlabel=axis, ylabel="nats per token: training pale, validation dotted")
     panels[0].legend()
     figure.savefig(picture, dpi=150)
     return picture
@@ -475,7 +450,7 @@ class TrainConfig:
 @dataclasses.dataclass
 class Place:
     """Where a run stands and on what it runs: free to change whenever it goes on."""
-    preset: str | None = option(None, "a named shape (none: laptop on a CPU, baseline on a GPU)", tuple(PRESETS))
+    preset: str | None = option(None, "a shape, other flags beat it (none: laptop; baseline on a GPU)", tuple(PRESETS))
     run_name: str | None = option(None, "folder below --out_dir (none: <dataset>-<next free number>)")
     resume: bool = option(False, "go on with the run that --run_name names, or with the newest")
     out_dir: str = option("runs", "where runs are kept")
@@ -485,7 +460,7 @@ class Place:
     ddp: str = option("none", "how processes share gradients, see ddp.py", choices=("none", *DDP_MODES))
     bucket_size_mb: float = option(25.0, "message size of --ddp bucketed and torch")
     shard_opt: str = option("none", "who keeps which training state, see shard_opt.py", choices=("none", *SHARD_MODES))
-    checkpoint: str = option("full", "rank 0 writes all tensors, or each process its shard", ("full", "sharded"))
+    checkpoint: str = option("full", "rank 0 writes all; or each its shard, where all can read it", ("full", "sharded"))
     ordered: bool = option(False, "add gradients in the order of the ranks: the same bits on any number of them")
     context_parallel: int = option(1, "neighbouring processes that read one sequence together, see ddp.py")
     dist_timeout: float = option(120.0, "a process that is silent for so many seconds ends the job")
@@ -502,8 +477,7 @@ class Place:
             if not (getattr(self, name) is None or getattr(self, name) > 0):
                 raise UserError(f"--{name} must be greater than 0, it is {getattr(self, name)}")
 
-# What goes with a preset of model.py. `laptop` is cut to minutes on two cores; the others take the defaults above:
-# with `baseline` that is the TinyStories run of CS336 (327,680,000 tokens).
+# What goes with a preset: laptop takes minutes on two cores; by the defaults baseline is CS336's TinyStories run.
 RECIPES: dict[str, dict] = {
     "laptop": dict(optimizer="muon", lr=1.2e-2, warmup_steps=30, batch_size=16, max_steps=700, log_interval=25,
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
@@ -520,35 +494,27 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
             help = f.metadata["help"] + ("" if f.default is None else f" (default: {str(f.default).lower()})")
-            options: dict = {"default": argparse.SUPPRESS, "help": help}
-            if "bool" in str(f.type):
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                kind = next(kind for kind in (int, float, str) if kind.__name__ in str(f.type))
-                options.update(type=kind, choices=f.metadata["choices"], nargs="+" if "list" in str(f.type) else None)
-            group.add_argument(f"--{f.name}", **options)
+            kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in str(f.type))
+            options: dict = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+                "type": kind, "choices": f.metadata["choices"], "nargs": "+" if "list" in str(f.type) else None}
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
     return parser
 
 def fields_of(config: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device of that name; of several GPUs, each process on this machine takes its own."""
+def pick_device(name: str, dtype: str, local_rank: int, d_model: int) -> tuple[torch.device, torch.dtype]:
+    """The device of that name, of several GPUs one for each process here; and bfloat16 where it multiplies that and the
+    matrices are big enough (two AMX cores, baseline: 1,120 -> 4,243 tokens/s; at 0.8 M parameters casts cost more)."""
     try:
         name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}" if name == "cuda" else name
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}): try cpu") from None
-
-def pick_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it and matrices are big enough to gain (two AMX cores, the baseline: 1,120
-    -> 4,243 tokens/s; at 0.8 M parameters the casts cost more than they save)."""
-    if name != "auto":
-        return getattr(torch, name)
     probes = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-    fast = device.type == "cpu" and config.d_model >= 256 and any(probe() for probe in probes)
+    fast = device.type == "cpu" and d_model >= 256 and any(probe() for probe in probes)
     fast = fast or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast else torch.float32
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if fast else "float32")
 
 def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device, say: Callable) -> None:
     """State what the run would be, from formulas (model.py) and a timed matrix product; nothing is allocated."""
@@ -566,27 +532,25 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
     rest = memory["activations"] + memory["loss"]  # each device has its own sequences
     for mode in memory_table(parameters, 1):
-        sizes = {2**n: rest + sum(memory_table(parameters, 2**n)[mode].values()) for n in range(13)}
-        enough = next((f"{n:,}" for n, size in sizes.items() if size <= room), "no number")
-        say(f"devices           {enough:>18}  of {room / 2**30:.0f} GiB with --shard_opt {mode}")
+        fits = (f"{2**n:,}" for n in range(13) if rest + sum(memory_table(parameters, 2**n)[mode].values()) <= room)
+        say(f"devices           {next(fits, 'no number'):>18}  of {room / 2**30:.0f} GiB with --shard_opt {mode}")
     num_tokens = config.max_steps * (tokens_per_step := config.batch_size * model_config.context_length)
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
-    say(f"time              {clock(flops * num_tokens / rate / 0.5):>18}  at half of a float32 matrix product's "
-        f"{rate / 1e9:,.0f} GFLOP/s here ({device.type})")
+    time_needed = str(timedelta(seconds=int(2 * flops * num_tokens / rate)))
+    say(f"time              {time_needed:>18}  at half of a matrix product's {rate / 1e9:,.0f} GFLOP/s here")
 
 # --- 9. The run ---
-def start_run_folder(folder: Path | None, place: Place, dataset: str, tokenizer_dir: Path) -> Path:
-    """Make a run's folder, or take the one that goes on, and write a copy of the tokenizer into it: a run can be read
-    back when the data is long gone. A folder that holds a run already is refused."""
-    if folder is None:
-        free = next(n for n in itertools.count(1) if not Path(place.out_dir, f"{dataset}-{n}").exists())
-        folder = Path(place.out_dir, place.run_name or f"{dataset}-{free}")
-        if (folder / "config.json").exists() or latest_checkpoint(folder):
-            raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
-            with write_atomically(folder / file, "wb") as copy:
-                copy.write((tokenizer_dir / file).read_bytes())
+def start_run_folder(place: Place, dataset: str, tokenizer_dir: Path) -> Path:
+    """Make a run's folder and copy the tokenizer into it: a run can be read back when the data is long gone. A folder
+    that holds a run already is refused."""
+    free = next(n for n in itertools.count(1) if not Path(place.out_dir, f"{dataset}-{n}").exists())
+    folder = Path(place.out_dir, place.run_name or f"{dataset}-{free}")
+    if (folder / "config.json").exists() or latest_checkpoint(folder):
+        raise UserError(f"{folder} holds a run already: choose another --run_name, or go on with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+        with write_atomically(folder / file, "wb") as copy:
+            copy.write((tokenizer_dir / file).read_bytes())
     return folder
 
 def read_config(folder: Path) -> dict:
@@ -620,21 +584,20 @@ def settings(typed: dict, place: Place) -> tuple[ModelConfig, TrainConfig, Path 
                             f"settings; leave the flag away, or start a new run without --resume")
     return ModelConfig(**stored["model"]), TrainConfig(**stored["train"]), folder
 
-def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
-    """The run, in the order in which things happen; returns the exit code. `typed` holds the flags that were given."""
+def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int | None:
+    """The run, in the order in which things happen; returns an exit code or None. `typed`: flags that were given."""
     for name, wanted in (("matplotlib", place.plot), ("wandb", place.wandb)):
-        if wanted and not find_spec(name):  # told now, not after hours
+        if wanted and not importlib.util.find_spec(name):  # told now, not after hours
             raise UserError(f"--plot needs matplotlib, --wandb needs wandb: pip install {name}")
     if place.report:
         say(report(folders := [Path(name) for name in place.report]))
         if place.plot:
             say(f"curves: {plot_runs(folders, Path('runs.png'))}")
-        return 0
+        return None
     model_config, config, folder = settings(typed, place)
     length, tokens_per_step = model_config.context_length, config.batch_size * model_config.context_length
     recording = not (place.overfit_one_batch or place.profile)
-    device = pick_device(place.device, ranks.local_rank)
-    dtype = pick_dtype(config.dtype, device, model_config)
+    device, dtype = pick_device(place.device, config.dtype, ranks.local_rank, model_config.d_model)
     sharded = place.shard_opt in ("zero2", "fsdp", "torch_fsdp")  # these reduce gradients themselves
     if sharded and (place.ddp != "none" or config.compile or dtype == torch.float16):
         raise UserError(f"--shard_opt {place.shard_opt} goes with no --ddp, no --compile and no --dtype float16")
@@ -649,7 +612,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
         raise UserError(f"--batch_size {config.batch_size} does not divide into {num_slices} slices (processes / "
                         f"--context_parallel x --grad_accum_steps): take a multiple of {num_slices}")
     if place.dry_run:
-        return dry_run(model_config, config, device, say) or 0
+        return dry_run(model_config, config, device, say)
 
     # Data. Rank 0 prepares what is missing, the others wait for it.
     special_tokens = (END_OF_TEXT,) if model_config.vocab_size > 256 else ()  # 256 ids are all bytes: nothing else fits
@@ -666,8 +629,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     # Documents of a built-in corpus are scored from their first token, so windows begin with one, too: one that begins
     # in the middle asks for names it has not seen. (The default run ends at 0.281 instead of 0.293 nats a byte.)
     by_document = special_tokens and data.dataset in ("stories", "arithmetic")
-    if len(train_tokens) <= length:
-        raise UserError(f"the text's {len(train_tokens):,} tokens are fewer than one window: lower --context_length")
+    if len(train_tokens) <= length or len(val_tokens) < 2:
+        raise UserError(f"the text's {len(train_tokens):,} tokens, and {len(val_tokens):,} to validate, are fewer than "
+                        "one window: lower --context_length, or take more text")
     starts = np.flatnonzero(train_tokens[:-length] == end_of_text_id) if by_document else ()
     question_end = tokenizer.token_ids[b"\n"] if data.dataset == "arithmetic" else None
     validation = ValidationSet(val_tokens, tokenizer, context_length=length, batch_size=max(1, 8192 // length),
@@ -680,8 +644,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     if path and not identity.items() <= payload.items():
         raise UserError(f"{path}: not of the configuration in {folder / 'config.json'} and the tokenizer in "
                         f"{data.tokenizer_dir}: restore what was changed")
-    if folder and not path:
-        say(f"{folder}: no checkpoint yet, so from the beginning")
     step, resumed_at, seconds_before = payload.get("iteration", 0), payload.get("iteration"), payload.get("seconds", 0)
     torch.manual_seed(config.seed)  # the same parameters on every rank
     context, spread = ContextParallel(place.context_parallel), None
@@ -714,17 +676,18 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # The run's folder: configuration, tokenizer, log. Rank 0 alone writes.
-    if recording:
-        description = {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
-                       "model": dataclasses.asdict(model_config), "train": dataclasses.asdict(config)}
-        folder = on_rank_0(lambda: start_run_folder(folder, place, data.dataset, data.tokenizer_dir),
-                           "making the run's folder")
-    log = RunLog(folder, step if path else -1, description, place.wandb) if recording and ranks.rank == 0 else None
+    if recording and not folder:
+        folder = on_rank_0(lambda: start_run_folder(place, data.dataset, data.tokenizer_dir), "making the run's folder")
+    log = RunLog(folder, step if path else -1, place.wandb) if recording and ranks.rank == 0 else None
+    if log is not None:  # and so the folder is ours
+        write_json(folder / "config.json", {"preset": place.preset, "tokenizer_hash": tokenizer.hash(),
+                                            "model": identity["config"], "train": dataclasses.asdict(config)})
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads"
         + f"; {by_muon:,} of them by Muon" * (by_muon > 0))
     say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
-        f"{length} tokens out of {len(train_tokens):,}" + f", from step {step:,}" * bool(path))
+        f"{length} tokens out of {len(train_tokens):,}"
+        + (f", from step {step:,}" if path else ", no checkpoint yet, so from the beginning" * place.resume))
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.
     received, parent = [], os.getppid()  # another parent, later: torchrun was killed, and nobody ends its ranks
@@ -765,10 +728,9 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             states = (full_state_dicts(module, optimizer) if place.checkpoint == "full" else  # whole on rank 0
                       save_shards(module, optimizer, file.with_suffix(".shards")))
             if log is not None:
-                save_checkpoint(*states, step, file, seconds=pause - started,
-                                 scaler=scaler.state_dict(), rng=torch.get_rng_state(), **identity,
-                                 tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
-                                 documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
+                save_checkpoint(*states, step, file, seconds=pause - started, scaler=scaler.state_dict(), **identity,
+                                rng=torch.get_rng_state(), tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
+                                documents=bool((train_tokens[:1_000_000] == end_of_text_id).any()))
                 for old in sorted(folder.glob("checkpoint_*.pt"))[:-2]:
                     old.unlink()
             del states  # not kept while the next steps run
@@ -826,7 +788,6 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             profiler.start()
             if device.type == "cuda":
                 torch.cuda.memory._record_memory_history()
-
         if telling:  # reading a loss waits for the device, so it is read only then
             train_loss = all_reduce_sum(sum(loss.item() for loss in losses)) / ranks.world_size  # added in float64
             if not math.isfinite(train_loss):
@@ -857,8 +818,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int:
             say(f"saved at step {step:,}; go on with:  python train.py --resume{flags}")
         return 128 + (received[0] if received else signal.SIGTERM)  # 130 for Ctrl-C, 143 for SIGTERM
     if recording:
-        say(f"trained in {clock(time.perf_counter() - started)}; read a text from it:  python sample.py --run {folder}")
-    return 0
+        took = timedelta(seconds=int(time.perf_counter() - started))
+        say(f"trained in {took}; read a text from it:  python sample.py --run {folder}")
 
 def main(argv: list[str] | None = None) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -54,7 +54,7 @@ def random_tokens(*size: int, vocab_size: int = 211) -> torch.Tensor:
 def test_doctests():
     """Every worked example in model.py gives what it says."""
     result = doctest.testmod(model_file)
-    assert result.attempted > 5 and result.failed == 0
+    assert result.attempted > 4 and result.failed == 0
 
 # --- the parts against torch ---
 
