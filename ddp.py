@@ -289,8 +289,7 @@ class DDPNaive(nn.Module):
     def __init__(self, module: nn.Module, *, ordered: bool = False) -> None:
         super().__init__()
         copy_rank_0(module)
-        self.module = module
-        self.world_size = get_world_size()
+        self.module, self.world_size = module, get_world_size()
         self.start_sum = start_ordered_all_reduce if ordered else start_all_reduce
         self.synchronizing, self.is_pending = True, False  # pending: messages are under way
         # last layer first, as gradients arrive; parameters() gives a tied weight once
@@ -334,9 +333,8 @@ class DDPFlat(DDPNaive):
     def _average(self) -> None:
         for dtype in dict.fromkeys(parameter.dtype for parameter in self.trainable):
             group = [parameter for parameter in self.trainable if parameter.dtype == dtype]
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             used = group[0].new_tensor([p.grad is not None for p in group])
-            flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), used])
+            flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group), used])
             self.start_sum(flat.mul_(1 / self.world_size))()
             *averages, num_users = flat.split([p.numel() for p in group] + [len(group)])
             for parameter, average, users in zip(group, averages, num_users.tolist()):
@@ -368,8 +366,7 @@ class DDPIndividual(DDPNaive):
 
     def _start_step(self) -> None:
         self.is_pending, self.num_missing = False, [len(group) for group in self.groups]
-        self.ready: set[nn.Parameter] = set()
-        self.in_flight: list[Callable[[], Any]] = []
+        self.ready, self.in_flight = set(), []  # parameters; of messages the functions that wait for their ends
         self.flags.fill_(1)
 
     @torch.no_grad()
@@ -577,8 +574,7 @@ def _demo_collectives(ranks: Ranks) -> dict[str, tuple[list[float], float]]:
         results[name] = run(name, torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**ranks.rank).tolist(), sent
     return results
 
-def train_toy(ranks: Ranks, num_micro_batches: int, build: Callable[[nn.Module], tuple[nn.Module, Any]],
-              look: Callable[[nn.Module, Any], Any] = lambda model, optimizer: None) -> tuple[nn.Module, Any, float]:
+def train_toy(ranks: Ranks, num_micro_batches: int, build: Callable, look: Callable = lambda *_: None) -> tuple:
     """Five steps of a small model, each over num_micro_batches micro-batches that the ranks share out, and the bytes
     that a step sends. `build` makes wrapped model and optimizer, which `look` may see with the gradients in place."""
     torch.manual_seed(0)

@@ -43,10 +43,9 @@ def memory_table(num_parameters: int, world_size: int) -> dict[str, dict[str, fl
     >>> [sum(parts.values()) for parts in memory_table(1000, 4).values()]
     [16000.0, 10000.0, 7000.0, 4000.0]
     """
-    whole = {"parameters": 4.0 * num_parameters, "gradients": 4.0 * num_parameters, "state": 8.0 * num_parameters}
-    sharded = {"none": (), "zero1": ("state",), "zero2": ("gradients", "state"), "fsdp": tuple(whole)}
-    return {stage: {part: size / (world_size if part in parts else 1) for part, size in whole.items()}
-            for stage, parts in sharded.items()}
+    size, w = 4.0 * num_parameters, world_size
+    cuts = {"none": (1, 1, 1), "zero1": (1, 1, w), "zero2": (1, w, w), "fsdp": (w, w, w)}
+    return {name: dict(parameters=size / p, gradients=size / g, state=2 * size / s) for name, (p, g, s) in cuts.items()}
 
 def bytes_held(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """What this rank holds at this moment. Storages are counted, not tensors: a view holds nothing of its own, but
@@ -278,12 +277,10 @@ class ShardedOptimizer(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for outer, inner in zip(self.param_groups, self.local.param_groups):
             inner.update({**outer, "params": inner["params"]})  # schedulers know the outer groups only
-        sharded = [p for unit in self.units for p in unit.parameters]
-        for p in sharded:
+        for p in (p for unit in self.units for p in unit.parameters):
             p.shard.grad = rows_of(p.grad, p.shard.owners) if p.grad is not None and p.shard.numel() else None
         self.local.step()
-        for p in sharded:
-            p.shard.grad = None  # a view: it would keep the gradients alive when zero_grad() drops them
+        self.local.zero_grad()  # views: they would keep the gradients alive when zero_grad() here drops them
         for unit in self.units:
             unit.free()  # out of date, all of it
             unit.finish_gather()
@@ -419,17 +416,16 @@ def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return module, ZeroRedundancyOptimizer(groups, optimizer_cls, parameters_as_bucket_view=True, **kwargs)
     whole = owned_whole(make, groups)
-    if mode == "torch_fsdp":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        if whole:
-            raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
-        wrapped = DDPNaive(module)
-        for part in [*(block for block in blocks_of(module) if list(block.children())), module]:
-            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
-        module.register_forward_pre_hook(lambda *_: module.set_requires_gradient_sync(wrapped.synchronizing))
-        wrapped.world_size = 1  # nothing is left for DDPNaive to do: backward() does it
-    else:
-        wrapped = FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole)
+    if mode != "torch_fsdp":
+        return FSDP(module, compute_dtype, keep=mode == "zero2", whole=whole), make(make_groups(module))
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if whole:
+        raise ValueError(f"torch_fsdp cuts what {optimizer_cls.__name__} needs whole: take --shard_opt fsdp")
+    wrapped = DDPNaive(module)
+    for part in [*(block for block in blocks_of(module) if list(block.children())), module]:
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype))
+    module.register_forward_pre_hook(lambda *_: module.set_requires_gradient_sync(wrapped.synchronizing))
+    wrapped.world_size = 1  # nothing is left for DDPNaive to do: backward() does it
     return wrapped, make(make_groups(module))
 
 @torch.no_grad()
@@ -454,10 +450,9 @@ def full_state_dicts(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
         model_state.update({name: whole.cpu()} if is_first else {})
     if hasattr(optimizer, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer: speaks on rank 0 only
         optimizer.consolidate_state_dict(to=0)
-        optimizer_state = optimizer.state_dict() if is_first else {}
-    else:
-        optimizer_state = {**Optimizer.state_dict(optimizer), "state": whole_optimizer_state(optimizer)}
-    return (model_state, optimizer_state) if is_first else ({}, {})
+        return model_state, optimizer.state_dict() if is_first else {}
+    optimizer_state = {**Optimizer.state_dict(optimizer), "state": whole_optimizer_state(optimizer)}
+    return model_state, optimizer_state if is_first else {}
 
 @torch.no_grad()
 def load_full_state_dicts(module: nn.Module, optimizer: Optimizer, model_state: dict, optimizer_state: dict) -> None:
