@@ -95,10 +95,13 @@ def assert_same(left: dict, right: dict, what: str) -> None:
 
 def rank_train(ranks, mode, ordered=False, num_steps=4, set_to_none=True, micro_batches=1, bucket_size_mb=0.002):
     # the seed differs by rank: construction must bring rank 0's weights and buffers to all
-    model = ddp.wrap(Odd(seed=ranks.rank), mode, bucket_size_mb=bucket_size_mb, ordered=ordered)
-    if mode == "torch":  # its wrapper refuses parameters that a step leaves unused, unless it is asked not to
-        model = nn.parallel.DistributedDataParallel(model.module, find_unused_parameters=True, broadcast_buffers=False)
+    module = Odd(seed=ranks.rank)
+    if mode == "torch":  # it refuses parameters that a step leaves unused, unless it is asked not to
+        ddp.copy_rank_0(module)
+        model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
         model.finish_gradient_synchronization = lambda: None
+    else:
+        model = ddp.wrap(module, mode, bucket_size_mb=bucket_size_mb, ordered=ordered)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     first = None
     for step in range(num_steps):
