@@ -1384,12 +1384,11 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
 # --- 12. The command line ---
 def peak_memory_bytes(num_workers: int | None) -> int:
     """The most that this process and all its workers can have held, each as much as the greatest; 0 if unknown."""
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
-        return 0
-    units = getrusage(RUSAGE_SELF).ru_maxrss + (num_workers or processors()) * getrusage(RUSAGE_CHILDREN).ru_maxrss
-    return units * (1 if sys.platform == "darwin" else 1024)
+        units = getrusage(RUSAGE_SELF).ru_maxrss + (num_workers or processors()) * getrusage(RUSAGE_CHILDREN).ru_maxrss
+        return units * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 def library_sources() -> bytes:
     return END_OF_TEXT.encode("ascii").join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
@@ -1397,8 +1396,8 @@ def library_sources() -> bytes:
 def summary(tokenizer: Tokenizer, seconds: Mapping[str, float], memory_bytes: int) -> str:
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "nothing to do"
     longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-    about = f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
-    return about + (f"\n    slowest stage: {max(seconds, key=lambda name: seconds[name])}" if seconds else "")
+    return (f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
+            + (f"\n    slowest stage: {max(seconds, key=lambda name: seconds[name])}" if seconds else ""))
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""
@@ -1414,12 +1413,6 @@ def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], n
     print(f"{len(text.encode('utf-8')) / len(tokenizer.encode(text)):.2f} bytes a token in the text's beginning")
     return tokenizer
 
-def pieces_of(tokenizer: Tokenizer, text: str) -> str:
-    """The pieces of a text and their ids; bytes are written as in vocab.json, where a space is visible."""
-    ids, character = tokenizer.encode(text), printable_bytes()
-    pieces = ["".join(character[byte] for byte in tokenizer.vocab[token_id]) for token_id in ids]
-    return f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}"
-
 def report(data_dir: Path) -> str:
     """Every tokenizer at hand, how it was trained, and how it does on the beginning of every corpus at hand."""
     if not (folders := sorted(path.parent for path in data_dir.glob("*/bpe*/tokenizer.json"))):
@@ -1427,8 +1420,8 @@ def report(data_dir: Path) -> str:
     lines, corpora = [], sorted(data_dir.glob("*/val.txt"))
     for folder in folders:
         tokenizer, facts = Tokenizer.load(folder), read_json(folder / "training.json")
-        about = summary(tokenizer, facts.get("seconds", {}), facts.get("peak_memory_bytes", 0))
-        lines.append(f"{folder.parent.name}/{folder.name}, {about}")
+        lines.append(f"{folder.parent.name}/{folder.name}, "
+                     + summary(tokenizer, facts.get("seconds", {}), facts.get("peak_memory_bytes", 0)))
         for path in corpora:
             text = read_text(path, *chunks_of(path, [END_OF_TEXT], 1_000_000)[0])
             documents, started = text.split(END_OF_TEXT)[:10], time.perf_counter()
@@ -1469,7 +1462,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tokenizer.save(args.out)
                 print(f"vocab.json, merges.txt and tokenizer.json are in {args.out}/")
         if args.show is not None or not args.out:
-            print(pieces_of(tokenizer, "for line in sys.stdin: print(line)" if args.show is None else args.show))
+            ids = tokenizer.encode("for line in sys.stdin: print(line)" if args.show is None else args.show)
+            pieces = ["".join(map(printable_bytes().get, tokenizer.vocab[token_id])) for token_id in ids]
+            print(f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}")
     except (ValueError, OSError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
