@@ -26,6 +26,7 @@ import argparse
 import functools
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,10 +71,6 @@ class MaskRule(NamedTuple):
     k_positions: Tensor | None = None  # (B, S) int32
     q_ids: Tensor | None = None  # (B, T) int32
     k_ids: Tensor | None = None  # (B, S) int32
-
-    @property
-    def plain(self) -> bool:
-        return self.window is None and self.q_positions is None and self.q_ids is None  # causal, or nothing at all
 
     def mask(self, q: Tensor, k: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """The mask of some queries and some keys of q (..., T, D) and k (..., S, D): bool (B or 1, T, S)."""
@@ -154,8 +151,7 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
     [0, 1, 2, 0, 1, 0]
     """
     index = torch.arange(segment_ids.shape[-1], device=segment_ids.device).expand(segment_ids.shape)  # (..., T)
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    starts = F.pad(segment_ids[..., 1:] != segment_ids[..., :-1], (1, 0), value=True)  # (..., T)
     return index - torch.where(starts, index, 0).cummax(-1).values
 
 # --- 2. The same, tile by tile ---
@@ -207,12 +203,11 @@ def tiles_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, L: Tensor, grad
     k, v = k[:, :, None].to(L.dtype), v[:, :, None].to(L.dtype)  # (B, G, 1, S, D), (B, G, 1, S, Dv)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (out * grad_out).sum(-1)  # (B, G, H/G, T)
-    L = L.masked_fill(L == -torch.inf, 0)  # blind rows: every score is -inf below, so p = exp(-inf - 0) = 0
     for rows, columns, mask in visible_tiles(rule, q, k, q_tile, k_tile):
         q_part, grad_part = q[..., rows, :], grad_out[..., rows, :]  # (B, G, H/G, t, ...)
         k_part, v_part = k[..., columns, :], v[..., columns, :]  # (B, G, 1, s, ...)
-        scores = (scale * q_part @ k_part.mT).masked_fill(~mask, -torch.inf)  # (B, G, H/G, t, s)
-        p = torch.exp(scores - L[..., rows, None])
+        scores = scale * q_part @ k_part.mT  # (B, G, H/G, t, s)
+        p = torch.exp(scores - L[..., rows, None]).masked_fill(~mask, 0)  # in a blind row, where L is -inf, it was inf
         dscores = p * (grad_part @ v_part.mT - delta[..., rows, None])  # (B, G, H/G, t, s)
         dq[..., rows, :] += scale * dscores @ k_part
         dk[..., columns, :] += scale * (dscores.mT @ q_part).sum(2, keepdim=True)  # heads that share a key add up
@@ -425,12 +420,8 @@ def dkdv_kernel(q, k, v, grad_out, L, delta, dk, dv, q_positions, k_positions, q
     store_tile(dk + batch * dk_batch + kv_head * dk_head, dk_acc * scale, k_first, k_len, dk_row, K_TILE, D, D_PAD)
     store_tile(dv + batch * dv_batch + kv_head * dv_head, dv_acc, k_first, k_len, dv_row, K_TILE, DV, DV_PAD)
 
-class Launch(NamedTuple):
-    """How one kernel is launched: the tile sizes, the warps of a program, the stages of its software pipeline."""
-    q_tile: int
-    k_tile: int
-    num_warps: int
-    num_stages: int
+# How one kernel is launched: the tile sizes, the warps of a program, the stages of its software pipeline.
+Launch = namedtuple("Launch", "q_tile k_tile num_warps num_stages")
 
 # One entry for each kernel and padded head dim (64 serves what is smaller). The tests compile every one for sm_90: none
 # spills registers, and all run on Hopper's wgmma but dkdv at 256, which fits only with small tiles on mma.sync.
@@ -447,8 +438,7 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
     if triton is None:
         raise ValueError("backend 'triton' needs the package triton: pip install triton (Linux), or use 'auto'.")
     if q.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"the Triton kernels run on a GPU, but the tensors are on {q.device}; use backend='auto', or "
-                         "set TRITON_INTERPRET=1 before Python starts to interpret them (slowly) on the CPU.")
+        raise ValueError(f"the Triton kernels need a GPU (or TRITON_INTERPRET=1), not {q.device}: use backend='auto'.")
     if q.dtype == torch.bfloat16 and INTERPRETED:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there.")
     head_dim = max(q.shape[-1], v.shape[-1])
@@ -480,9 +470,8 @@ def launch_kernel(kernel, launch: list[int], rule: MaskRule, bounds: Tensor, hea
 # --- 6. One function for all of them ---
 # As custom operators, both passes are opaque calls to torch.compile and to activation checkpointing, which need only
 # the shapes of the results (the `empty_` functions) and to know which operator is the derivative of which.
-OPTIONS = ("bool causal, int? window, float scale, int[] launch, str backend, "
-           "Tensor? q_positions, Tensor? k_positions, Tensor? q_ids, Tensor? k_ids, "
-           "Tensor? forward_bounds, Tensor? dq_bounds, Tensor? dkdv_bounds")
+OPTIONS = "bool causal, int? window, float scale, int[] launch, str backend, " + ", ".join(
+    f"Tensor? {name}" for name in "q_positions k_positions q_ids k_ids forward_bounds dq_bounds dkdv_bounds".split())
 
 @torch.library.custom_op("flash::forward", mutates_args=(),
                          schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
@@ -566,15 +555,6 @@ def choose_backend(device: str, dtype: torch.dtype, head_dim: int, mask_bytes: i
         return "sdpa", f"PyTorch's own scaled_dot_product_attention, with a dense mask of {mask_bytes:,} bytes."
     return "tiles", f"tiles in plain PyTorch: a dense mask would take {mask_bytes:,} bytes."
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float) -> Tensor:
-    """The same by PyTorch's own kernels; anything but plain causal costs a dense (B, T, S) mask."""
-    if rule.plain:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=scale, enable_gqa=True)
-    mask = rule.mask(q, k)[:, None]  # (B, 1, T, S)
-    blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=True)
-    return out.masked_fill(blind, 0)  # (B, H, T, Dv)
-
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, segment_ids: Tensor | None = None,
                     kv_segment_ids: Tensor | None = None, positions: Tensor | None = None,
                     kv_positions: Tensor | None = None, window: int | None = None, scale: float | None = None,
@@ -595,48 +575,42 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, seg
     mask_args = dict(causal=causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, positions=positions,
                      kv_positions=kv_positions, window=window)
     rule = mask_rule(q, k, **mask_args)
+    plain = rule.window is None and rule.q_positions is None and rule.q_ids is None  # causal, or nothing at all
     if backend == "auto":
-        mask_bytes = 0 if rule.plain else q.shape[0] * q.shape[2] * k.shape[2]
+        mask_bytes = 0 if plain else q.shape[0] * q.shape[2] * k.shape[2]
         backend, _ = choose_backend(q.device.type, q.dtype, max(q.shape[3], v.shape[3]), mask_bytes)
     if backend == "reference":
         dtype = torch.promote_types(q.dtype, torch.float32)
         return reference_attention(q, k, v, scale=scale, dtype=dtype, **mask_args)[0].to(q.dtype)
-    if backend == "sdpa":
-        return sdpa_attention(q, k, v, rule, scale)
+    if backend == "sdpa" and plain:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=scale, enable_gqa=True)
+    if backend == "sdpa":  # PyTorch's own kernels take anything else as a dense mask; rows that see nothing as above
+        mask = rule.mask(q, k)[:, None]  # (B, 1, T, S)
+        blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=True)
+        return out.masked_fill(blind, 0)  # (B, H, T, Dv)
     if backend in ("tiles", "triton"):
         return forward_op(q, k, v, *operator_arguments(q, k, v, rule, scale, params, backend))[0]
     raise ValueError(f"backend is {backend!r}, but must be one of auto, triton, tiles, sdpa, reference.")
 
 # --- 7. Seeing it ---
-def with_gradients(tensors: list[Tensor], mask_args: dict, backend: str) -> list[Tensor]:
-    """Output, dQ, dK and dV for q, k, v and the gradient of the output."""
-    *inputs, grad_out = (x.detach().requires_grad_() for x in tensors)
-    out = flash_attention(*inputs, **mask_args, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
 def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) -> None:
     """Relative errors ||x - exact|| / ||exact|| and times of every backend, where exact is the float64 reference."""
-    exact = with_gradients([x.double() for x in tensors], mask_args, "reference")
+    def with_gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        *inputs, grad_out = (x.to(dtype).detach().requires_grad_() for x in tensors)
+        out = flash_attention(*inputs, **mask_args, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+
+    exact = with_gradients(torch.float64, "reference")
     print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
     for dtype, backend in ((dtype, backend) for dtype in (torch.float32, torch.float16) for backend in backends):
-        cast = [x.to(dtype) for x in tensors]
         for _ in range(2):  # the first run compiles and fills caches
             start = time.perf_counter()
-            results = with_gradients(cast, mask_args, backend)
+            results = with_gradients(dtype, backend)
             float(results[1].sum())  # waits for a GPU
         milliseconds = 1000 * (time.perf_counter() - start)
         errors = "".join(f"{(x.double() - y).norm() / y.norm():10.1e}" for x, y in zip(results, exact))
         print(f"  {backend:<11}{str(dtype).removeprefix('torch.'):<11}{errors}{milliseconds:16.1f}")
-
-def plot_mask(picture: str, path: str) -> None:
-    """The picture as a PNG of 8 x 8 pixels a tile: white skipped, light computed with the mask, dark without."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("--plot needs the package matplotlib: pip install matplotlib.") from None
-    lines = picture.split("\n")
-    image = torch.tensor([[" ░█".index(kind) for kind in line.ljust(len(lines))] for line in lines])
-    pyplot.imsave(path, image.repeat_interleave(8, 0).repeat_interleave(8, 1), cmap="Blues", vmin=0, vmax=2)
 
 def demonstrate(args: argparse.Namespace) -> None:
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
@@ -644,25 +618,24 @@ def demonstrate(args: argparse.Namespace) -> None:
     tokens = torch.randint(0, max(1, T // args.num_documents), (B, T), generator=generator)  # 0 ends a document
     mask_args = {"segment_ids": segment_ids_from_tokens(tokens, 0).to(device), "window": args.window}
     tensors = q, k, v, _ = [torch.randn(B, heads, T, D, generator=generator).to(device) for heads in (H, G, G, H)]
-    check_shapes(q, k, v)
     rule = mask_rule(q, k, **mask_args)
     tile = max(64, -(-T // 100))  # the picture is at most 100 characters wide
     bounds = tile_bounds(rule, T, T, tile, tile, device=device)
     if args.plot:
-        plot_mask(mask_picture(bounds), args.plot)
-        return print(f"wrote {args.plot}")
+        from matplotlib import pyplot
+        rows = mask_picture(bounds).split("\n")
+        image = torch.tensor([[" ░█".index(kind) for kind in row.ljust(len(rows))] for row in rows])
+        pyplot.imsave(args.plot, image.kron(torch.ones(8, 8)), cmap="Blues", vmin=0, vmax=2)  # 8 x 8 pixels a tile
+        return print(f"wrote {args.plot}: white skipped, light computed with the mask, dark without")
     if args.show_attention_mask:
-        print(f"tiles of {tile} x {tile}: blank skipped, ░ computed with the mask, █ without")
-        return print(mask_picture(bounds))
+        return print(f"tiles of {tile} x {tile}: blank skipped, ░ with the mask, █ without it\n{mask_picture(bounds)}")
     name, reason = choose_backend(device, torch.float32, D, B * T * T)
     print(f"{B} rows of {T} tokens, {rule.q_ids[:, -1].sum() + B} documents in all, {H} query and {G} key heads of {D}")
     print(f"backend auto is {name}: {reason}")
     print_errors(tensors, mask_args, ["reference", "sdpa", "tiles"] + ["triton"] * (name == "triton" or INTERPRETED))
     tiles, (low, full_low, full_high, high) = bounds.shape[1], bounds.long().sum((0, 1)).tolist()
-    print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal")
-    print(f"  visited {high - low:,}, of them without a mask {full_high - full_low:,}; "
-          f"{rule.mask(q, k).sum() / ((high - low) * tile**2):.0%} of the pairs computed are visible\n\n"
-          "bytes kept for a backward pass")
+    print(f"\ntiles of {tile} x {tile}: {B * tiles**2:,} in all, {B * tiles * (tiles + 1) // 2:,} causal\n"
+          f"  visited {high - low:,}, without a mask {full_high - full_low:,}\n\nbytes kept for a backward pass")
     for what, amount in (("bounds of the tiles, three kernels", 3 * bounds.nbytes), ("log-sum-exp L", 4 * B * H * T),
                          ("a dense mask, one byte a pair", B * T**2), ("(T, S) matrices in 16 bits", 2 * B * H * T**2)):
         print(f"  {what:<36}{amount:>16,}")
@@ -678,12 +651,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="PNG", help="only draw them as a picture (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
-        for name, value in vars(args).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"--{name} is {value}, but must be at least 1.")
+        if small := [f"--{name} is {n}" for name, n in vars(args).items() if type(n) is int and n < 1]:
+            raise ValueError(f"{small[0]}, but must be at least 1.")
         demonstrate(args)
-    except (ValueError, OSError) as error:
-        print(f"flash.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"flash.py: {error}{': pip install it' * isinstance(error, ImportError)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import time
 import timeit
 import zipfile
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 import torch
@@ -129,10 +130,9 @@ def write_samples(model: TransformerLM, vocab: dict[int, bytes], prompt: list[in
                   for decoder, token in zip(decoders, tokens)]
         texts = [text + piece for text, piece in zip(texts, pieces)]
         print(pieces[0], end="", flush=True)
-    ends = [decoder.decode(b"", final=True) for decoder in decoders]
-    print(ends[0])
+    print(decoders[0].decode(b"", final=True))
     for row in range(1, num_samples):
-        print(f"\n--- {row + 1} ---\n{texts[row]}{ends[row]}")
+        print(f"\n--- {row + 1} ---\n{texts[row]}{decoders[row].decode(b'', final=True)}")
     return moments
 
 # --- 4. What a token costs ---
@@ -197,14 +197,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of weights and cache (default: bfloat16 on GPUs that have it, else float32)")
     args = parser.parse_args(argv)
-    for name, least in {"max_new_tokens": 1, "num_samples": 1, "top_k": 1, "temperature": 0}.items():
+    for name, least, most in (("max_new_tokens", 1, inf), ("num_samples", 1, inf), ("temperature", 0, inf),
+                              ("top_k", 1, inf), ("top_p", 1e-9, 1), ("seed", 0, 2**63 - 1)):
         value = getattr(args, name)
-        if value is not None and not value >= least:  # "not": nan is refused too
-            parser.error(f"--{name} must be at least {least}, it is {value}")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error(f"--top_p must be greater than 0 and at most 1, it is {args.top_p}")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must lie in 0 .. 2**63 - 1, it is {args.seed}")
+        if value is not None and not least <= value <= most:  # "not": nan is refused too
+            parser.error(f"--{name} must lie in {least} .. {most}, it is {value}")
     return args
 
 def sample(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def ours(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: dict) -> Attend:
 
 def sdpa(kernel: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, mask: dict) -> Attend:
     rule, gqa = flash.mask_rule(q, k, **mask), q.shape[1] != k.shape[1]
-    dense = None if rule.plain else rule.mask(q, k)[:, None]
+    dense = None if all(x is None for x in rule[1:]) else rule.mask(q, k)[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=dense,
