@@ -57,7 +57,6 @@ import regex
 END_OF_TEXT = "<|endoftext|>"  # stands behind each document; the model learns that another text follows
 Pair = tuple[bytes, bytes]
 PathLike = str | os.PathLike
-
 class UserError(ValueError):
     """A mistake of the user's, in one sentence that also says what to do. main() prints it and exits with 2."""
 # --- 1. Pre-tokens: where a text may be cut ---
@@ -220,7 +219,6 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 # So a merge is a handful of operations on its own places, and nothing is looked up: pair_at says which counts fall, and
 # sorting brings the places of a new pair together. No count ever rises, so only pairs above a threshold need to stand
 # in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
-#
 # An operation of NumPy on ten places costs as much as one on a thousand. So the next merges are made together, some
 # twenty at a time: pairs that cannot overlap leave each other's counts alone. Only a new pair may come between two of
 # them; whether one is as frequent as the next is seen beforehand, and then the batch ends there.
@@ -688,9 +686,8 @@ class Tokenizer:
 
     def _encode_words(self, words: list[bytes]) -> list[bytes]:
         """apply_merges of many pre-tokens together; the ids of each, four bytes an id.
-        Words of equal length are the rows of an array. A round makes the first merge of the lowest rank in each row, so
-        that all of them get shorter by one; then the words that have this length from the beginning come in. A row
-        without a merge goes out."""
+        Words of equal length are the rows of an array. A round makes the first merge of the lowest rank in each, so
+        all get shorter by one, and the words of this length come in. A row without a merge goes out."""
         byte_ids, result = self._byte_ids, [b""] * len(words)
         if lacking := set(np.flatnonzero(byte_ids < 0).tolist()).intersection(b"".join(words)):
             raise UserError(f"this vocabulary lacks the byte 0x{min(lacking):02x}: take a tokenizer with all 256 bytes")
@@ -853,10 +850,10 @@ def encode_file(tokenizer: Tokenizer, text_path: PathLike, npy_path: PathLike, *
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
         npy_path.with_suffix(".json").unlink(missing_ok=True)  # an array without one counts as missing
+    seconds = time.perf_counter() - started
     write_json(npy_path.with_suffix(".json"), {
         "tokens": count, "crc32": check, "tokenizer_hash": tokenizer.hash(), "vocab_size": tokenizer.vocab_size,
-        "source": source, "bytes_per_token": source["bytes"] / count,
-        "tokens_per_second": count / (time.perf_counter() - started)})
+        "source": source, "bytes_per_token": source["bytes"] / count, "tokens_per_second": count / seconds})
     return count
 
 def load_tokens(npy_path: PathLike, tokenizer: Tokenizer) -> np.ndarray:
@@ -1032,8 +1029,7 @@ asked wondered enquired; said = said replied answered whispered sighed murmured 
 muttered; beamed = said beamed smiled answered replied laughed explained declared chuckled grinned; snapped = snapped
 shouted yelled cried growled hissed called screamed; cried = cried shouted laughed cheered exclaimed sang squealed
 called yelled giggled; hooray = Hooray Wonderful Hurrah Splendid Marvellous Perfect Goodness Fantastic Bravo Yippee
-Terrific Brilliant Superb Great Super Amazing; shared = shared ate had; size = big small wide long nasty secret;
-"""
+Terrific Brilliant Superb Great Super Amazing; shared = shared ate had; size = big small wide long nasty secret;"""
 
 Cell = str | tuple  # a word, or a tuple of text and slots; a slot is (form, name): {a trait} is ("a", "trait")
 STORY = (("", "story"),)  # where every derivation begins
@@ -1145,7 +1141,6 @@ UNITS = ("zero one two three four five six seven eight nine ten eleven twelve th
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 # a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
 Problem = namedtuple("Problem", "question work answer")
-
 def in_words(number: int) -> str:
     if number >= 100:
         return f"{UNITS[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
@@ -1194,7 +1189,6 @@ DOWNLOADS = {  # dataset -> split -> (address, bytes of text)
 GENERATORS = {"stories": stories, "arithmetic": arithmetic}
 DATASETS = (*DOWNLOADS, *GENERATORS)
 GENERATED_BYTES = 25_000_000  # of a built-in corpus, when data_bytes does not say
-
 def download(url: str, path: Path, *, first_bytes: int | None = None, expected_bytes: int | None = None,
              timeout_s: float = 30.0) -> None:
     """Fetch a file, or only its first bytes, going on where an earlier attempt broke off. Raises OSError.
@@ -1355,9 +1349,9 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
                 say(f"data: cannot download more {dataset} ({error}): using what is in {folder}")
             elif dataset == "tinystories":
                 say(f"data: cannot download tinystories ({error}): built-in stories instead")
+                data_bytes = min(data_bytes or GENERATED_BYTES, GENERATED_BYTES)
                 return prepare("stories", vocab_size=vocab_size, special_tokens=special_tokens, data_dir=data_dir,
-                               data_bytes=min(data_bytes or GENERATED_BYTES, GENERATED_BYTES),
-                               num_workers=num_workers, say=say)
+                               data_bytes=data_bytes, num_workers=num_workers, say=say)
             else:
                 where = f"{folder}/train.txt and val.txt"
                 raise UserError(f"cannot download {dataset} ({error}): put it at {where}") from None

@@ -237,8 +237,7 @@ def all_reduce_sum(value: Tensor | float) -> Tensor | float:
 def token_loss_scale(num_tokens: int) -> float:
     """What each rank multiplies its *summed* loss by, for the gradients of the mean over all tokens. Where ranks hold
     unequally many, the mean of means is another. num_tokens: this rank's, in all micro-batches of a step."""
-    total_tokens = all_reduce_sum(float(num_tokens))
-    if total_tokens == 0:
+    if not (total_tokens := all_reduce_sum(float(num_tokens))):
         raise ValueError("no rank has a token to learn from in this batch: every target is ignored")
     return get_world_size() / total_tokens
 
@@ -253,8 +252,8 @@ def measure_bytes_sent(work: Callable[[], Any]) -> float:
     """Bytes sent per rank during work(), by the kernel's count for the loopback interface; nan where there is none.
     Other programs' bytes are in it: take the least of several. Rank 0's answer counts: it begins before the others."""
     def count() -> float:
-        lines = Path("/proc/net/dev").read_text().splitlines() if Path("/proc/net/dev").exists() else []
-        return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), math.nan)
+        return int(counter.read_text()) if counter.exists() else math.nan
+    counter = Path("/sys/class/net/lo/statistics/tx_bytes")
     before = count()
     barrier("the measurement")
     work()
@@ -430,7 +429,6 @@ class DDPBucketed(DDPIndividual):
 
 # --- 9. One switch for all of them ---
 MODES = ("naive", "flat", "individual", "bucketed", "torch")
-
 def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered: bool = False) -> nn.Module:
     """The module in the data-parallel wrapper called `mode`. The module itself, its names untouched, is at `.module`.
     torch's raises when a step leaves a parameter unused, and wants the forward pass, too, within no_sync()."""
@@ -508,11 +506,6 @@ class ContextParallel:
                 outputs.append(local(q[:, :, here], keys, values, **places))
             return torch.cat(outputs, dim=2)  # (B, H, T/N, D)
         return attend
-
-    def pairs_per_rank(self, positions: Tensor) -> list[int]:
-        """How many pairs of query and key each rank of a team computes for a sequence with these positions (T,)."""
-        by_chunk = (positions + 1).view(2 * self.size, -1).sum(dim=1)[self.order]  # a query at p sees p + 1 keys
-        return by_chunk.view(self.size, 2).sum(dim=1).tolist()
 
 class _GatherSequence(torch.autograd.Function):
     """A rank's chunks (B, G, T/N, D) -> those of the whole team in the order of the sequence, (B, G, T, D)."""

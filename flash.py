@@ -10,10 +10,9 @@ A new tile raises m to m', and both sums are multiplied by exp(m - m') before it
 and the log-sum-exp L = m + log(total) is all that the backward pass needs to rebuild any probability as exp(score - L).
 Tiles that no query may see are never touched, and those that every query may see are computed without a mask.
 
-  1. The rule: who sees whom          5. The kernels in Triton: backward
-  2. The same, tile by tile           6. One function for all of them
-  3. Which tiles can be skipped       7. Seeing it
-  4. The kernels in Triton: forward
+  1. The rule: who sees whom         4. The kernels in Triton: forward     6. One function for all of them
+  2. The same, tile by tile          5. The kernels in Triton: backward    7. Seeing it
+  3. Which tiles can be skipped
 
     python flash.py                            # errors against float64, tiles skipped, bytes, on a packed batch
     python flash.py --show_attention_mask      # the tiles of that batch, in the terminal
@@ -262,7 +261,6 @@ def tile_bounds(rule: MaskRule, q_len: int, k_len: int, q_tile: int, k_tile: int
 # A mask that no tensor describes is the same in every layer and step, so its bounds are computed once (not in inference
 # mode: its tensors could not be saved for a later backward pass).
 plain_bounds = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(tile_bounds))
-
 def mask_picture(bounds: Tensor) -> str:
     """One character for each tile of the batch's first row: blank skipped, ░ computed with the mask, █ without."""
     return "\n".join(" " * low + "░" * (full_low - low) + "█" * (full_high - full_low) + "░" * (high - full_high)
@@ -448,7 +446,6 @@ def launch_table(q: Tensor, v: Tensor, params: dict[str, Launch] | None = None) 
     return [number for kernel in ("forward", "dq", "dkdv") for number in (table | (params or {}))[kernel]]
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
-
 def launch_kernel(kernel, launch: list[int], rule: MaskRule, bounds: Tensor, heads: int, tensors: tuple[Tensor, ...],
                   *scales: float) -> None:
     """Run a kernel on `tensors`, which begin with q, k, v: a program for each row of bounds, head and batch row."""
@@ -508,7 +505,6 @@ def gradients(ctx, grad_out: Tensor, grad_L: Tensor | None) -> tuple[Tensor | No
 forward_op.register_fake(empty_results)
 backward_op.register_fake(empty_gradients)
 forward_op.register_autograd(gradients, setup_context=save_for_gradients)
-
 def operator_arguments(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, scale: float,
                        params: dict[str, Launch] | None, backend: str) -> tuple:
     """Everything after q, k and v in the signature of the operators; the bounds of the tiles are computed here."""
@@ -600,7 +596,6 @@ def print_errors(tensors: list[Tensor], mask_args: dict, backends: list[str]) ->
         *inputs, grad_out = (x.to(dtype).detach().requires_grad_() for x in tensors)
         out = flash_attention(*inputs, **mask_args, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
     exact = with_gradients(torch.float64, "reference")
     print(f"\n{'relative error of':<24}{'out':>10}{'dQ':>10}{'dK':>10}{'dV':>10}{'milliseconds':>16}")
     for dtype, backend in ((dtype, backend) for dtype in (torch.float32, torch.float16) for backend in backends):

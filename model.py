@@ -11,10 +11,6 @@ sum x, the residual stream, is the only road between them.
     python model.py                                # every preset: parameters, FLOPs per token, training memory
     python model.py --preset 7b --batch_size 1     # one preset in exact numbers
 
-    FLOPs per token of the forward pass (training: 3 times as many)
-    in millions     projections       attention             ffn            head           total
-    baseline               8.39            2.10           16.52           10.24           37.24
-
 Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head dimension, C d_model, F d_ff, V vocab_size,
 N tokens, E experts, K experts of a token.
 
@@ -304,7 +300,6 @@ class MixtureOfExperts(nn.Module):
 
 # --- 5. Attention faster, and for packed documents ---
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k (B, G, S, D), v (B, G, S, D) -> (B, H, T, D)
-
 def make_attention(kind: str, positions: Tensor, segment_ids: Tensor | None = None, kv_positions: Tensor | None = None,
                    kv_segment_ids: Tensor | None = None, *, is_causal: bool = False) -> Attend:
     """The attention of all layers of one pass. is_causal promises that the mask is a triangle or, of one query, empty.

@@ -76,8 +76,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], max_new_tokens: int
              True) -> Iterator[list[int | None]]:
     """Continue several prompts (each at least one token) side by side; yields, per step, one new token for each row.
     A row that drew stop_id, which is not yielded, gives None from then on; the end is when all rows have stopped.
-    Row r draws from its own generator, seeded with seed + r: its text is the one it would get alone, as long as no
-    row has filled the window.
+    Row r draws from its own generator, seeded with seed + r: until a row has filled the window, as it would alone.
     A model trained with doc_mask reads documents as it was taught them: stop_id ends one, and what follows sees nothing
     before itself and counts from position 0.
     The model sees the last tokens that fit its context. A full window keeps its last half, reads it again and grows
@@ -169,8 +168,8 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
         if payload["model"]:
             model.load_state_dict(payload["model"])
         else:  # train.py --checkpoint sharded: the tensors lie beside it
-            from shard_opt import exchange_shards
-            exchange_shards("load", model, None, path.with_suffix(".shards"))
+            from shard_opt import load_shards
+            load_shards(model, None, path.with_suffix(".shards"), payload["optimizer"])
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
         raise UserError(f"{path}: not a readable checkpoint ({error!r:.160}): remove it to read an older one") from None
     tokenizer = Tokenizer.load(folder)

@@ -14,7 +14,7 @@ An optimizer that treats rows apart then computes the same bits on smaller param
 
     1. Where the bytes go      4. ZeRO-1: each rank steps its own rows        7. Checkpoints: whole, or in shards
     2. Who owns what           5. ZeRO-2 and FSDP: gradients, parameters      8. Two processes against one
-    3. Exchanging rows         6. One switch for all of them, and clipping
+    3. Exchanging rows         6. One switch for all of them
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ddp import DDPNaive, Ranks, all_reduce_sum, gather_objects, get_rank, get_world_size  # isort: skip
+from ddp import DDPNaive, Ranks, gather_objects, get_rank, get_world_size  # isort: skip
 from ddp import run_ranks, start_all_gather, start_reduce_scatter, train_toy, wrap  # isort: skip
 
 # --- 1. Where the bytes go ---
@@ -60,7 +60,6 @@ def bytes_held(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 # --- 2. Who owns what ---
 Owners = list[tuple[int, int]]  # of a parameter: for each rank its rows [first, end)
-
 def rows_of(whole: Tensor, owners: Owners, rank: int | None = None) -> Tensor:
     """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
     first, end = owners[get_rank() if rank is None else rank]
@@ -400,9 +399,8 @@ class FSDP(DDPNaive):
         """The module's state dict with whole parameters, on every rank. All ranks must call it."""
         return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
 
-# --- 6. One switch for all of them, and clipping ---
+# --- 6. One switch for all of them ---
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
-
 def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[dict]], optimizer_cls: type, *,
           compute_dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.Module, Any]:
     """The module and its optimizer in the mode called `mode`; make_groups(module) gives the parameter groups. zero1 and
@@ -429,16 +427,6 @@ def shard(module: nn.Module, mode: str, make_groups: Callable[[nn.Module], list[
     return wrapped, make(make_groups(module))
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
-    """Scale the gradients of shards so that their joint l2 norm, over all ranks, is at most max_l2_norm; returns the
-    norm they had. (By its own rows' norm each rank would scale differently.)"""
-    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
-    norms = torch.stack([g.norm().float() for g in gradients]) if gradients else torch.zeros(1)
-    norm = all_reduce_sum(norms.square().sum()).sqrt()
-    scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))
-    for gradient in gradients:
-        gradient.mul_(scale.to(gradient.dtype))
-    return norm
 
 # --- 7. Checkpoints: whole, or in shards ---
 def full_state_dicts(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

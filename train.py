@@ -47,8 +47,8 @@ from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_red
 from ddp import explain_failure, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
 from model import document_places, flops_per_token, make_attention, option, training_memory
-from shard_opt import MODES as SHARD_MODES, clip_gradients as clip_sharded
-from shard_opt import full_state_dicts, load_full_state_dicts, load_shards, memory_table, save_shards, shard
+from shard_opt import MODES as SHARD_MODES, full_state_dicts, load_full_state_dicts, load_shards, memory_table
+from shard_opt import save_shards, shard
 
 # --- 1. The loss ---
 def cross_entropy(logits: Tensor, targets: Tensor, *, mean: bool = True) -> Tensor:
@@ -212,15 +212,18 @@ def get_lr_cosine_schedule(it: int, max_lr: float, min_lr: float, warmup_iters: 
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float, *, sharded: bool = False) -> Tensor:
     """Scale all gradients together, in place, so that their joint l2 norm is at most max_l2_norm; returns the norm
     they had, a scalar tensor. Below the limit nothing changes, not even a rounding. (Pascanu et al. 2013, section 3.2)
-    torch.where makes the choice: on a GPU, Python's `if norm > limit` would wait for every kernel in flight."""
-    gradients = [p.grad for p in parameters if p.grad is not None]  # a list: `parameters` may be a generator
+    torch.where makes the choice: on a GPU, Python's `if norm > limit` would wait for every kernel in flight.
+    sharded: the gradients are this rank's part, by whose norm alone each rank would scale differently."""
+    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm() if gradients else torch.zeros(())
+    if sharded:
+        norm = all_reduce_sum(norm.float().square()).sqrt()
     scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))
     for gradient in gradients:
-        gradient.mul_(scale)
+        gradient.mul_(scale.to(gradient.dtype))
     return norm
 
 # --- 4. Batches ---
@@ -483,7 +486,6 @@ RECIPES: dict[str, dict] = {
                    eval_interval=140, eval_tokens=40_000, save_interval=140),
     "7b": dict(batch_size=512, grad_accum_steps=512, lr=3e-4),  # one sequence at a time
 }
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags, from the fields of the three dataclasses. None has a default here (SUPPRESS), so that what was typed
     can be told from what was not; --help shows the dataclass's. Without a usage line a mistake is one sentence."""
@@ -770,7 +772,7 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int | None:
         with span("gradients of the others"):
             module.finish_gradient_synchronization()
         scaler.unscale_(optimizer)
-        norm = (clip_sharded if sharded else clip_gradients)(model.parameters(), config.grad_clip)
+        norm = clip_gradients(model.parameters(), config.grad_clip, sharded=sharded)
         telling = step % config.log_interval == 0 or step in (1, config.max_steps)
         looking = telling or config.skip_nonfinite or device.type == "cpu"  # on a GPU a look waits for the step's end
         if looking and not scaler.is_enabled() and not math.isfinite(norm.item()):

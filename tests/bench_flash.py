@@ -227,6 +227,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
 # --- 4. One sequence over several processes ---
 
 
+def pairs_per_rank(context: ddp.ContextParallel, positions: torch.Tensor) -> list[int]:
+    """How many pairs of query and key each rank of a team computes for a sequence with these positions (T,)."""
+    by_chunk = (positions + 1).view(2 * context.size, -1).sum(dim=1)[context.order]  # a query at p sees p + 1 keys
+    return by_chunk.view(context.size, 2).sum(dim=1).tolist()
+
+
 def rank_context(ranks: ddp.Ranks, options: dict) -> dict:
     """Seconds of each round, pairs and bytes: whole on rank 0 alone, then split over all ranks."""
     args = argparse.Namespace(**options)
@@ -260,7 +266,7 @@ def rank_context(ranks: ddp.Ranks, options: dict) -> dict:
         entry = results.setdefault(name, {"seconds": [], "bytes": []})
         entry["seconds"].append(own)
         entry["bytes"].append(ddp.measure_bytes_sent(run))
-        entry["pairs"] = context.pairs_per_rank(positions if positions.dim() == 1 else positions[0])
+        entry["pairs"] = pairs_per_rank(context, positions if positions.dim() == 1 else positions[0])
     return results
 
 

@@ -373,8 +373,8 @@ def take_training_steps(ranks, mode, model, optimizer, first: int, num_steps: in
                 loss.backward()
         model.finish_gradient_synchronization()
         if clip is not None:
-            clipper = train if mode in ("none", "zero1", "torch_zero1") else shard_opt
-            losses.append(clipper.clip_gradients(model.parameters(), clip).item())
+            sharded = mode not in ("none", "zero1", "torch_zero1")
+            losses.append(train.clip_gradients(model.parameters(), clip, sharded=sharded).item())
         optimizer.step()
         losses.append(ddp.all_reduce_sum(loss.item()))
     return losses
