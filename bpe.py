@@ -78,51 +78,71 @@ def special_pattern(special_tokens: Iterable[str]) -> regex.Pattern:
 # The pattern takes most of the time. So NumPy cuts a text where its bytes show a border, into pieces of mostly one
 # pre-token, and only the distinct ones are shown to the pattern: in English text one of twenty.
 BLOCK_BYTES = 1 << 20  # what NumPy cuts at a time: most of it stays in the cache
-def border_flags(text: np.ndarray) -> np.ndarray:
-    """Whether each byte of a UTF-8 text begins a pre-token; False where the bytes beside it do not tell.
-    Special tokens are written 255 254 254 ... here. Besides BORDER: the last white space before something else begins
-    a pre-token, for the rest of its run is one of its own, and nothing joins white space before it but a space."""
-    letter, digit, unknown = (text | 32) - np.uint8(97) < 26, text - np.uint8(48) < 10, text > 127
-    space = (text == 32) | (text - np.uint8(9) < 5)  # subtle: str.isspace has \x1c to \x1f too, the pattern has not
-    sign = ~(letter | digit | unknown | space | (text == 39))
-    maybe_space = space | (text == 0xC2) | (text - np.uint8(0xE1) < 3) | (text > 253)  # others begin with these bytes
-    flags = np.append(True, space[1:] & ~((space | unknown)[:-1] & np.append(maybe_space[2:], True)))
-    flags[1:] |= letter[:-1] & ~(letter | unknown)[1:] | digit[:-1] & ~(digit | unknown)[1:]
-    flags[1:] |= sign[:-1] & (letter | digit)[1:] | (space & (text != 32))[:-1] & ~maybe_space[1:]
-    flags[1:] |= (text[:-1] > 253) & (text[1:] < 254)
-    return flags | (text == 255)
+ALL, LETTER, DIGIT = set(range(256)), {byte for byte in range(128) if chr(byte).isalpha()}, set(b"0123456789")
+SPACE = set(b" \t\n\v\f\r")  # subtle: str.isspace has \x1c to \x1f too, the pattern has not
+UNKNOWN, MARK = set(range(128, 254)), {254, 255}  # no UTF-8: special tokens are written 255 254 254 ... here
+SIGN = ALL - LETTER - DIGIT - SPACE - MARK - UNKNOWN - {39}  # 39 is the apostrophe
+MAYBE_SPACE = SPACE | MARK | {0xC2, 0xE1, 0xE2, 0xE3}  # other white space begins with these bytes
+# Bytes on the left and right of a border. Besides BORDER: nothing joins white space before it but a space, and by the
+# last rule, where the border is before the left byte, the last white space of a run begins a pre-token.
+RULES = [(LETTER, ALL - LETTER - UNKNOWN), (DIGIT, ALL - DIGIT - UNKNOWN), (SIGN, LETTER | DIGIT | SPACE),
+         ({39}, SPACE), (MARK, ALL - MARK), (ALL, {255}), (SPACE - {32}, ALL - MAYBE_SPACE), (SPACE, ALL - MAYBE_SPACE)]
+LEFT, RIGHT = (bytes(sum(1 << bit for bit, rule in enumerate(RULES) if byte in rule[side]) for byte in range(256))
+               for side in (0, 1))
+def border_flags(text: bytes) -> np.ndarray:
+    """Whether each byte of a UTF-8 text begins a pre-token; False where the bytes beside it do not tell."""
+    left, right = (np.frombuffer(text.translate(rules), np.uint8) for rules in (LEFT, RIGHT))
+    rules = left[:-1] & right[1:]  # those that hold between two bytes, a bit each
+    return np.append(True, rules & 127 != 0) | np.append(rules > 127, text[-1] in SPACE)
 
-def distinct_pieces(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Block by block: the distinct pieces of a UTF-8 text, and for each place in turn which one of them stands there.
-    A special token is a piece. Pieces are compared as two integers, their first and next 8 bytes; sorting by a hash of
-    them is cheaper than a look into a dict for each. A piece of more than 16 bytes counts as different from all."""
+def blocks_of(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+    """A UTF-8 text block by block: its bytes, and where its pieces begin and end. A special token is a piece."""
     pattern = special_pattern(special_tokens).pattern.encode("utf-8")
-    marks = regex.sub(pattern, lambda match: b"\xff".ljust(len(match[0]), b"\xfe"), text)
-    outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # no UTF-8 text has the byte 255
-    begin, size = 0, BLOCK_BYTES
+    parts = re.split(pattern, text) if special_tokens else [text]
+    parts[1::2] = [b"\xff".ljust(len(special), b"\xfe") for special in parts[1::2]]
+    marks, begin, size = b"".join(parts), 0, BLOCK_BYTES
     while begin < len(text):
-        borders = np.flatnonzero(border_flags(np.frombuffer(marks[begin : begin + size] + b"\xff", np.uint8)))
+        borders = np.flatnonzero(border_flags(marks[begin : begin + size] + b"\xff"))
         if begin + size < len(text):
             borders = borders[:-1]  # what comes last may go on
             if len(borders) < 2:
                 size *= 2
                 continue
-        start, length, block = borders[:-1], np.diff(borders), text[begin : begin + borders[-1]]
-        begin, size = begin + len(block), BLOCK_BYTES
+        yield text[begin : begin + borders[-1]], borders[:-1], borders[1:]
+        begin, size = begin + int(borders[-1]), BLOCK_BYTES
+
+SLOT_BITS = 20
+class Pieces:
+    """Gives equal pieces the same number, counted from 0 in the order of their coming.
+    Pieces are compared as two integers, their first and next 8 bytes; longer ones, which are few, by a dict. A hash of
+    the integers says in which of a million slots a piece may be known. Of two that want one slot the later gets it, and
+    the other will count as new when it comes again: that costs less than to look further."""
+    def __init__(self) -> None:
+        self.slots, self.long = np.zeros(1 << SLOT_BITS, np.int32), {}
+        self.heads, self.tails = np.zeros((2, 1), np.uint64) + 253  # no piece: UTF-8 has no such byte
+
+    def numbers(self, block: bytes, begin: np.ndarray, end: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        """The pieces that are new, in the order of their numbers, and the number of each piece of the block."""
         words = np.ndarray((len(block) + 8,), "<u8", block + b"\xff" * 16, strides=(1,))  # the 8 bytes from each place
-        head = words[start] | outside[np.minimum(length, 8)]
-        tail = words[start + 8] | outside[np.clip(length - 8, 0, 8)]
-        long = np.flatnonzero(length > 16)
-        head[long], tail[long] = long, (1 << 64) - 2  # which is no text
-        bits = len(start).bit_length()
-        order = (head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> bits << bits  # a hash of the piece
-        order = np.sort(order | np.arange(len(start), dtype=np.uint64)) & ((1 << bits) - 1)  # and the place
-        order = order.astype(np.int64)
-        first = np.append(True, (np.diff(head[order]) != 0) | (np.diff(tail[order]) != 0))
-        which = np.empty(len(start), np.int64)
-        which[order] = np.cumsum(first) - 1
-        start, end = start[order[first]], (start + length)[order[first]]
-        yield [block[a:b] for a, b in zip(start.tolist(), end.tolist())], which
+        outside = ~np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of a shorter piece
+        length = end - begin
+        head = words[begin] | outside[np.minimum(length, 8)]
+        tail = words[begin + 8] | outside[np.clip(length - 8, 0, 8)]
+        for place in np.flatnonzero(length > 16).tolist():
+            piece = block[begin[place] : end[place]]
+            head[place], tail[place] = self.long.setdefault(piece, len(self.long)), (1 << 64) - 2  # which is no text
+        slot = ((head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> 64 - SLOT_BITS).astype(np.int64)
+        number, new = self.slots[slot], []
+        missing = np.flatnonzero((self.heads[number] != head) | (self.tails[number] != tail))
+        while len(missing):
+            self.slots[slot[missing]] = missing  # of those that want one slot, the last to write gets it
+            winner = self.slots[slot[missing]]
+            equal, first = (head[winner] == head[missing]) & (tail[winner] == tail[missing]), missing[winner == missing]
+            self.slots[slot[first]] = number[first] = np.arange(len(self.heads), len(self.heads) + len(first))
+            self.heads, self.tails = np.append(self.heads, head[first]), np.append(self.tails, tail[first])
+            number[missing[equal]], missing = number[winner[equal]], missing[~equal]
+            new += [block[a:b] for a, b in zip(begin[first].tolist(), end[first].tolist())]
+        return new, number - 1
 
 def pretokens_of(piece: bytes) -> list[bytes]:
     if piece.isalnum() or piece[1:].isalnum() and piece[0] == 32:  # of bytes, isalnum knows ASCII only: cut already
@@ -132,13 +152,17 @@ def pretokens_of(piece: bytes) -> list[bytes]:
 def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, int]:
     """How often each pre-token occurs. Special tokens cut the text and are not counted.
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
-    {'low': 1, ' low': 2, ' lower': 1}
+    {'low': 1, ' lower': 1, ' low': 2}
     """
     counts, specials = Counter(), [special.encode("utf-8") for special in special_tokens]
-    for pieces, which in distinct_pieces(text.encode("utf-8"), list(special_tokens)):
-        for piece, count in zip(pieces, np.bincount(which).tolist()):
-            for pretoken in pretokens_of(piece) if piece not in specials else ():
-                counts[pretoken.decode("utf-8")] += count
+    known, pieces, times = Pieces(), [], np.zeros(0, np.int64)
+    for block in blocks_of(text.encode("utf-8"), list(special_tokens)):
+        new, number = known.numbers(*block)
+        pieces += new
+        times = np.append(times, np.zeros(len(new), np.int64)) + np.bincount(number, minlength=len(pieces))
+    for piece, count in zip(pieces, times.tolist()):
+        for pretoken in pretokens_of(piece) if piece not in specials else ():
+            counts[pretoken.decode("utf-8")] += count
     return dict(counts)
 
 # --- 2. Training: the definition ---
@@ -379,26 +403,32 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_workers: int | None) -> Iterator[Any]:
-    """function(shared, *task) for each task, in order, in worker processes at most two tasks ahead of what was taken.
-    By default one worker for each processor; few tasks are done in this process. A dead worker is an error, no hang."""
-    num_workers = min(num_workers or processors(), len(tasks))
-    if num_workers == 1 or len(tasks) <= 2:
+    """function(shared, *task) for each task, in order. By default one process for each processor, this one among them:
+    it works while the others start, which takes half a second. A worker that dies is an error, no hang."""
+    helpers = min(num_workers or processors(), len(tasks)) - 1
+    if helpers == 0 or len(tasks) <= 2:
         yield from (function(shared, *task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of torch
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (shared,))
+    pool = concurrent.futures.ProcessPoolExecutor(helpers, context, _start_worker, (shared,))
     # subtle: a spawned process first runs the caller's script again, up to `if __name__ == "__main__"`. Ours need only
     # this file, and train.py would import torch in each of them, so the script's path is hidden while they start.
     main, tasks = sys.modules["__main__"].__dict__, iter(tasks)
     script = main.pop("__file__", None) if __name__ != "__main__" else None
     try:
-        waiting = deque(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 2 * num_workers))
+        waiting = deque(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 2 * helpers))
     finally:
         main.update({"__file__": script} if script else {})
     try:
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(_run_task, function, task) for task in itertools.islice(tasks, 1))
+        for task in tasks:
+            if sum(not future.done() for future in waiting) < 2 * helpers:
+                waiting.append(pool.submit(_run_task, function, task))
+            else:
+                waiting.append(concurrent.futures.Future())
+                waiting[-1].set_result(function(shared, *task))
+            while waiting and (waiting[0].done() or len(waiting) > 4 * helpers + 4):  # or results would pile up
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
     except concurrent.futures.BrokenExecutor:
         raise UserError("a worker process died, perhaps for want of memory: try --num_workers 1") from None
     finally:
@@ -574,25 +604,10 @@ def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[st
 # --- 7. The tokenizer ---
 Ranks = dict[tuple[int, int], tuple[int, int]]  # (left id, right id) -> (rank of the merge, id of the merged token)
 def apply_merges(symbols: list[int], ranks: Ranks) -> list[int]:
-    """Encode one pre-token. The definition: for each merge in turn, symbols = merge_pair(symbols, pair, merged).
-    Here a heap holds only the pairs at hand, by rank and then by place. A merge takes one pair and makes at most two,
-    so n bytes cost n log n, even a run of 100,000 spaces."""
-    end = len(symbols)
-    after, before = list(range(1, end + 1)), list(range(-1, end - 1))  # indices of the neighbours that still stand
-    heap = [(ranks[pair][0], left, pair) for left, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        _, left, pair = heapq.heappop(heap)
-        right = after[left]
-        if right == end or (symbols[left], symbols[right]) != pair:
-            continue  # one of the two has meanwhile been merged with its other neighbour
-        symbols[left], symbols[right], after[left] = ranks[pair][1], -1, after[right]
-        if after[left] < end:
-            before[after[left]] = left
-        for first, second in ((before[left], left), (left, after[left])):
-            if first >= 0 and second < end and (pair := (symbols[first], symbols[second])) in ranks:
-                heapq.heappush(heap, (ranks[pair][0], first, pair))
-    return [symbol for symbol in symbols if symbol >= 0]
+    """Encode one pre-token. The definition: merge the pair of lowest rank wherever it stands, until no pair has one."""
+    while (pair := min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, (NO_RANK,)), default=None)) in ranks:
+        symbols = merge_pair(symbols, pair, ranks[pair][1])
+    return symbols
 
 NO_RANK = 1 << 62  # of a pair that is not merged
 def printable_bytes() -> dict[int, str]:
@@ -613,7 +628,7 @@ class Tokenizer:
     >>> Tokenizer(vocab, merges).encode("the cat ate")
     [9, 7, 1, 5, 10, 3]
     """
-    block = 4096  # characters that encode_iterable waits for
+    block = 1 << 14  # characters that encode_iterable waits for
 
     def __init__(self, vocab: Mapping[int, bytes], merges: Iterable[Pair],
                  special_tokens: Iterable[str] | None = None) -> None:
@@ -630,16 +645,14 @@ class Tokenizer:
         except KeyError as error:
             raise UserError(f"a merge needs {error}, which the vocabulary lacks: the files are damaged or not of one "
                             "tokenizer; restore them, or train the tokenizer anew") from None
-        self._byte_ids = np.array([self.token_ids.get(bytes([byte]), -1) for byte in range(256)])
+        self._byte_ids = np.array([self.token_ids.get(bytes([byte]), -1) for byte in range(253)] + [-1] * 3)
         self._merged = np.array([self.token_ids[left + right] for left, right in self.merges], np.int64)
         # pairs as left << 32 | right, sorted, and their ranks; one pair behind all ends every search
-        pairs = np.array([left << 32 | right for left, right in self._ranks] + [NO_RANK])
-        ranks, by_pair = np.array([rank for rank, _ in self._ranks.values()] + [NO_RANK]), np.argsort(pairs)
-        self._sorted_pairs, self._sorted_ranks = pairs[by_pair], ranks[by_pair]
-        specials = [special.encode("utf-8") for special in self.special_tokens]
-        self._special_ids = {special: np.uint32(self.token_ids[special]).tobytes() for special in specials}
+        self._sorted_pairs = np.array([left << 32 | right for left, right in sorted(self._ranks)] + [1 << 62])
+        self._sorted_ranks = np.array([self._ranks[pair][0] for pair in sorted(self._ranks)] + [NO_RANK])
+        self._special_ids = {special: self.token_ids[special] for special in map(str.encode, self.special_tokens)}
         self._specials = special_pattern(self.special_tokens)
-        self._known: dict[bytes, bytes] = {}  # piece -> its ids, four bytes each: texts repeat themselves
+        # _known, once there is any: pieces that were encoded, where the ids of each number begin, and all these ids
 
     @property
     def vocab_size(self) -> int:
@@ -656,69 +669,56 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids as uint32. Each distinct piece of a block is encoded once and copied to wherever it stands."""
+        """The ids as uint32. Each distinct piece is encoded once and its ids copied to wherever it stands."""
         try:
-            data, blocks = text.encode("utf-8"), [np.empty(0, np.uint32)]
+            data, result = text.encode("utf-8"), [np.empty(0, np.uint32)]
         except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
             return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
-        for pieces, which in distinct_pieces(data, self.special_tokens):
-            ids = self._ids_of(pieces)
-            length = np.fromiter(map(len, ids), np.int64, len(ids)) // 4
-            first, each = (np.cumsum(length) - length)[which], length[which]
-            ends = np.cumsum(each)
-            place = np.repeat(first - ends + each, each) + np.arange(ends[-1])
-            blocks.append(np.frombuffer(b"".join(ids), np.uint32)[place])
-        return np.concatenate(blocks)
+        for block in blocks_of(data, self.special_tokens):
+            # subtle: taken out while it is changed, so that nobody finds it half done after an error or in a thread
+            known = vars(self).pop("_known", None)
+            pieces, begin, ids = known or (Pieces(), np.zeros(1, np.int64), np.empty(0, np.uint32))
+            new, number = pieces.numbers(*block)
+            if new:
+                more, end = self._encode_pieces(new)
+                begin, ids = np.append(begin, end + begin[-1]), np.append(ids, more)
+            if len(ids) < 2_000_000:  # some 60 MB; starting anew is cheaper than keeping track of age
+                self._known = pieces, begin, ids
+            length = begin[number + 1] - begin[number]
+            end = np.cumsum(length)
+            result.append(ids[np.repeat(begin[number] - end + length, length) + np.arange(end[-1])])
+        return np.concatenate(result)
 
-    def _ids_of(self, pieces: list[bytes]) -> list[bytes]:
-        """The ids of pieces, four bytes an id; those that are not known are encoded together."""
-        if not 0 < len(self._known) < 500_000:  # some 100 MB; starting anew is cheaper than keeping track of age
-            self._known = dict(self._special_ids)
-        ids = list(map(self._known.get, pieces))
-        new = [place for place, known in enumerate(ids) if known is None]
-        parts = [pretokens_of(pieces[place]) for place in new]
-        found = iter(self._encode_words([*itertools.chain.from_iterable(parts)]))
-        for place, part in zip(new, parts):
-            ids[place] = b"".join(itertools.islice(found, len(part)))
-            if len(pieces[place]) <= 256:  # a longer one hardly comes again
-                self._known[pieces[place]] = ids[place]
-        return ids
-
-    def _encode_words(self, words: list[bytes]) -> list[bytes]:
-        """apply_merges of many pre-tokens together; the ids of each, four bytes an id.
-        Words of equal length are the rows of an array. A round makes the first merge of the lowest rank in each, so
-        all get shorter by one, and the words of this length come in. A row without a merge goes out."""
-        byte_ids, result = self._byte_ids, [b""] * len(words)
-        if lacking := set(np.flatnonzero(byte_ids < 0).tolist()).intersection(b"".join(words)):
+    def _encode_pieces(self, pieces: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of some pieces, one behind the other, and where each ends: apply_merges of all pre-tokens together.
+        They stand in one array as in training, with the byte 254 around pieces, 255 between pre-tokens of one and 253
+        for a special token. A round merges the pair of lowest rank in each; those without such a pair leave."""
+        words = [[b"\xfd"] if piece in self._special_ids else pretokens_of(piece) for piece in pieces]
+        text = np.frombuffer(b"\xfe".join([b"", *map(b"\xff".join, words), b""]), np.uint8)
+        token, stands = self._byte_ids[text], np.ones(len(text), bool)
+        token[text == 253] = [self._special_ids[piece] for piece in pieces if piece in self._special_ids]
+        if lacking := set(text[(token < 0) & (text < 253)].tolist()):
             raise UserError(f"this vocabulary lacks the byte 0x{min(lacking):02x}: take a tokenizer with all 256 bytes")
-        def ranks(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-            place = np.searchsorted(self._sorted_pairs, left << 32 | right)
-            return np.where(self._sorted_pairs[place] == (left << 32 | right), self._sorted_ranks[place], NO_RANK)
-        lengths = np.fromiter(map(len, words), np.int64, len(words))
-        for index in np.flatnonzero(lengths > 64).tolist():  # too many rounds for few words
-            ids = apply_merges(byte_ids[[*words[index]]].tolist(), self._ranks)
-            result[index] = np.array(ids, np.uint32).tobytes()
-        longest = min(64, lengths.max(initial=0))
-        # behind each word stands the token -1, which is in no pair: also the left neighbour of a first token, [-1]
-        token, rank, word = np.empty((0, longest + 1), int), np.empty((0, longest), int), np.empty(0, int)
-        for length in range(longest, 0, -1):
-            new = np.flatnonzero(lengths == length)
-            data = np.frombuffer(b"".join([words[index] for index in new.tolist()]), np.uint8)
-            fresh = np.pad(byte_ids[data.reshape(-1, length)], ((0, 0), (0, 1)), constant_values=-1)
-            token, word = np.concatenate((token, fresh)), np.append(word, new)
-            rank = np.concatenate((rank, ranks(fresh[:, :-1], fresh[:, 1:])))  # (words, length)
-            going = rank.min(axis=1) < NO_RANK
-            ids = token[~going, :-1].astype(np.uint32).tobytes()
-            for place, index in enumerate(word[~going].tolist()):
-                result[index] = ids[4 * length * place : 4 * length * (place + 1)]
-            token, rank, word = token[going], rank[going], word[going]
-            row, at = np.arange(len(word)), rank.argmin(axis=1)
-            token[row, at] = self._merged[rank[row, at]]
-            stays = np.arange(length + 1) != at[:, None] + 1
-            token, rank = token[stays].reshape(-1, length), rank[stays[:, :-1]].reshape(len(row), length - 1)
-            for left in (at - 1, at):
-                rank[row, left] = ranks(token[row, left], token[row, left + 1])
-        return result
+        at, begin = np.arange(len(text)), np.flatnonzero(text > 253)  # a word begins with what stands before it
+        def ranks(place: np.ndarray) -> np.ndarray:
+            # subtle: counted from the end, the first byte comes behind the last; it is a border, which is in no pair
+            pair = token[at[place]] << 32 | token[at[place + 1 - len(at)]]
+            found = np.searchsorted(self._sorted_pairs, pair)
+            return np.where(self._sorted_pairs[found] == pair, self._sorted_ranks[found], NO_RANK)
+        rank = ranks(at)
+        while len(at):
+            size = np.diff(begin, append=len(at))
+            lowest = np.repeat(np.minimum.reduceat(rank, begin), size)
+            stays = lowest < NO_RANK
+            left = np.flatnonzero((rank == lowest) & stays)
+            index = np.arange(len(left))  # a a a holds two such pairs: in a run every second is merged
+            left = left[(index - np.maximum.accumulate(np.where(np.diff(left, prepend=-2) > 1, index, 0))) % 2 == 0]
+            token[at[left]], stands[at[left + 1]], stays[left + 1] = self._merged[rank[left]], False, False
+            size, place = np.add.reduceat(stays, begin, dtype=np.int64), np.cumsum(stays)[left] - 1
+            at, rank, begin = at[stays], rank[stays], np.cumsum(size[size > 0]) - size[size > 0]
+            rank[place], rank[place - 1] = ranks(place), ranks(place - 1)
+        stands &= text < 254
+        return token[stands].astype(np.uint32), np.cumsum(stands)[text == 254][1:]
 
     def encode_iterable(self, strings: Iterable[str]) -> Iterator[int]:
         """The ids of "".join(strings), lazily, with memory for the longest pre-token but not for the text."""
@@ -1377,11 +1377,11 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
 
 # --- 12. The command line ---
 def peak_memory_bytes(num_workers: int | None) -> int:
-    """The most that this process and all its workers can have held, each as much as the greatest; 0 if unknown."""
+    """The most that this process and the others can have held, each as much as the greatest of them; 0 if unknown."""
     with contextlib.suppress(ImportError):  # Windows
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-        units = getrusage(RUSAGE_SELF).ru_maxrss + (num_workers or processors()) * getrusage(RUSAGE_CHILDREN).ru_maxrss
-        return units * (1 if sys.platform == "darwin" else 1024)
+        own, others = getrusage(RUSAGE_SELF).ru_maxrss, getrusage(RUSAGE_CHILDREN).ru_maxrss
+        return (own + ((num_workers or processors()) - 1) * others) * (1 if sys.platform == "darwin" else 1024)
     return 0
 
 def library_sources() -> bytes:
