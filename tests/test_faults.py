@@ -4,25 +4,22 @@
     python -m pytest tests/test_faults.py -m faults -s --kills 50 --flips 2000 --full    # all of it, with its tables
 
 A fault ends in one of two ways: the next start goes on by itself, or says in one sentence what to do. In both cases the
-result is that of an undisturbed run, to the bit. Processes are forked from one that has imported torch and our files (a
-forkserver): from main() on they are what the command line starts, two seconds earlier.
+result is that of an undisturbed run, to the bit. Processes are those of test_ddp.py: forked from one that has imported
+torch and our files.
 """
 
 import concurrent.futures
 import contextlib
 import ctypes
-import importlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import pty
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -36,7 +33,6 @@ import numpy as np
 import pytest
 import torch
 
-import bpe
 import ddp
 import flash
 import sample
@@ -46,95 +42,15 @@ from bpe import END_OF_TEXT, Tokenizer, UserError, encode_file, load_tokens, tra
 from model import ModelConfig, TransformerLM
 from train import AdamW, latest_checkpoint, load_checkpoint, read_checkpoint, read_log, save_checkpoint
 
+from test_ddp import CONTEXT, ROOT, Job, begin, still_living  # isort: skip
+
 pytestmark = [pytest.mark.faults,
               pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc, which Linux has")]
-ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-CONTEXT = multiprocessing.get_context("forkserver")
 DAMAGED = "damaged file taken for a good one"
 
 
-# --- Real processes ---
-
-
-def begin(program: str, argv: list[str], output: str, environment: dict[str, str], chunk_bytes: int) -> None:
-    """What a new process does: open its output (in a session of its own a terminal becomes its terminal), then main."""
-    os.setsid()
-    place = os.open(output, os.O_RDWR if output.startswith("/dev/") else os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    for number in (0, 1, 2) if output.startswith("/dev/") else (1, 2):
-        os.dup2(place, number)
-    sys.stdout, sys.stderr = open(1, "w", 1), open(2, "w", 1)
-    os.chdir(ROOT)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    bpe.CHUNK_BYTES = chunk_bytes  # small chunks: small texts have several, for workers
-    importlib.import_module(program).main(argv)
-
-
-class Job:
-    """A program of ours in one process or several, as torchrun would start them, and what it prints."""
-
-    def __init__(self, program: str, argv: list[str], output: Path, num_processes: int = 1):
-        self.output, self.ranks, free = Path(output), [], socket.create_server(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        for rank in range(num_processes):
-            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes),
-                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if num_processes > 1 else {}
-            arguments = program, argv, str(output), environment, 300_000
-            self.ranks.append(CONTEXT.Process(target=begin, args=arguments))
-            self.ranks[-1].start()
-
-    def text(self) -> str:
-        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
-
-    def told(self) -> list[str]:
-        return [line for line in self.text().splitlines() if re.match(r"(train|sample|bpe)\.py: ", line)]
-
-    def kill(self, number: int = signal.SIGKILL, ranks: tuple[int, ...] = (0, 1)) -> None:
-        for rank in ranks[: len(self.ranks)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.ranks[rank].pid, number)
-
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code, the greatest of several, after every process and every child of theirs has gone."""
-        deadline = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        while (left := [p for p in map(members_of, (p.pid for p in self.ranks)) if p]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not left, f"{left} live on after {seconds} s: {self.text()[-2000:]}"
-        return max((process.exitcode for process in self.ranks), key=abs)
-
-    def wait_for(self, sign, seconds: float = 60) -> bool:
-        """Until sign() is true or the job has ended; whether it was seen."""
-        deadline = time.monotonic() + seconds
-        while not (seen := sign()) and any(process.is_alive() for process in self.ranks):
-            assert time.monotonic() < deadline, self.text()[-2000:]
-            time.sleep(0.001)
-        return bool(seen)
-
-
-def members_of(session: int) -> list[int]:
-    """Living processes of a session: what a killed parent left behind."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, of_session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(of_session) == session and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    CONTEXT.set_forkserver_preload([__name__, "torch._dynamo"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
-        process = CONTEXT.Process(target=len, args=("",))
-        process.start()
-        process.join()
+# --- Runs ---
 
 
 def flags(folder: Path, num_processes: int = 1, **more) -> list[str]:
@@ -307,7 +223,7 @@ def test_a_killed_launcher_leaves_no_ranks(undisturbed, tmp_path):
     launcher.wait()
     assert len(ranks) == 2, f"{len(ranks)} processes"
     said += launcher.stdout.read()  # ends with the last of the ranks
-    assert not any(map(members_of, ranks)) and "step    60/60" not in said, f"the ranks trained on: {said}"
+    assert not still_living(ranks, 30) and "step    60/60" not in said, f"the ranks trained on: {said}"
     assert "go on with:" in said, said
     again = Job("train", resuming(tmp_path, 2), tmp_path / "again.txt", 2)
     assert again.wait() == 0, again.text()[-2000:]
@@ -334,11 +250,8 @@ def test_the_terminal_is_left_sane(undisturbed, tmp_path, how):
         os.write(ours, b"\x03")  # the terminal itself sends SIGINT to all of the session
     else:
         job.kill()
-    deadline = time.monotonic() + 30
-    while job.ranks[0].is_alive() or members_of(job.ranks[0].pid):
-        assert time.monotonic() < deadline, f"lives on: {shown}"
-        time.sleep(0.02)
-    job.ranks[0].join()
+    job.ranks[0].join(30)
+    assert not still_living([job.ranks[0].pid], 10), f"lives on: {shown}"
     time.sleep(0.1)
     text, after = b"".join(shown), termios.tcgetattr(theirs)
     os.close(theirs)

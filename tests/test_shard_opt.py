@@ -32,7 +32,7 @@ from model import ModelConfig, TransformerLM
 from shard_opt import FSDP, MODES, ShardedOptimizer, full_state_dicts, load_full_state_dicts, shard
 
 from shard_opt import load_shards, save_shards  # isort: skip
-from test_ddp import team, teams_end  # noqa: F401  # isort: skip
+from test_ddp import team  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is one process")
 RankError = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
@@ -333,7 +333,7 @@ def test_sharded_optimizer_is_an_optimizer(world_size):
 
 # --- all modes, on language models ---
 
-CONFIG = dict(vocab_size=101, context_length=16, d_model=48, num_layers=3, num_heads=4, d_ff=96)
+CONFIG = dict(vocab_size=101, context_length=16, d_model=48, num_layers=2, num_heads=4, d_ff=96)
 
 
 def loss_of(model, number: int) -> torch.Tensor:

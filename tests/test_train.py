@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from train import (
     read_log,
     save_checkpoint,
 )
+
+from test_ddp import CONTEXT, ROOT, Job  # isort: skip
 
 TINY = dict(vocab_size=61, context_length=12, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
 TEXT = "".join(f"The {a} {b} sat on the {c}. " for a in ("old", "red", "wet") for b in ("cat", "dog") for c in
@@ -431,17 +434,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
 def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path, optimizer):
     """kill -9 in mid-run, then --resume: parameters, optimizer, losses of the run that nobody killed, bit for bit."""
     more = (*optimizer, "--dropout=0.1", "--max_steps=60", "--save_interval=4", "--eval_interval=25")
-    command = [sys.executable, "train.py", *flags(corpus, tmp_path / "killed", *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    root = Path(__file__).parent.parent
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root)
-    for line in run.stdout:
-        if line.split()[:2] == ["step", "22/60"]:
-            run.kill()
-            break
-    run.wait()
-    run.stdout.close()
-    assert run.returncode == -signal.SIGKILL and final_state(tmp_path / "killed")["iteration"] < 60
+    run = Job("train", flags(corpus, tmp_path / "killed", *more), tmp_path / "said.txt")
+    assert run.wait_for(lambda: re.search(r"^step +22/60", run.text(), re.M)), run.text()
+    run.kill()
+    assert run.wait() == -signal.SIGKILL and final_state(tmp_path / "killed")["iteration"] < 60
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train.main(["--resume", f"--out_dir={tmp_path / 'killed'}", f"--data_dir={corpus / 'data'}", "--device=cpu"])
@@ -682,20 +678,25 @@ def test_a_run_without_a_checkpoint_begins_anew(corpus, tmp_path, capsys):
     steps = [line["step"] for line in read_log(tmp_path / "cats-1" / "log.jsonl") if "val_loss" in line]
     assert steps == [0, 5, 10]
 
+def hold_the_log(folder: Path, holds) -> None:
+    log = train.RunLog(folder, 10)
+    holds.set()
+    time.sleep(60)
+    log.close()
+
 def test_two_runs_into_one_folder(corpus, tmp_path, capsys):
     """A folder that another process writes is refused; a process that is gone leaves no lock behind."""
     train.main(flags(corpus, tmp_path))
     resume = ["--resume", f"--out_dir={tmp_path}", f"--data_dir={corpus / 'data'}", "--device=cpu", "--max_steps=12"]
-    holder = "import sys, time, train; from pathlib import Path; log = train.RunLog(Path(sys.argv[1]), 10); print()"
-    command = [sys.executable, "-u", "-c", f"{holder}; time.sleep(60)", str(tmp_path / "cats-1")]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
-    other.stdout.readline()
+    holds = CONTEXT.Event()
+    other = CONTEXT.Process(target=hold_the_log, args=(tmp_path / "cats-1", holds))
+    other.start()
+    assert holds.wait(60), "the other process did not start"
     with pytest.raises(SystemExit) as stopped:
         train.main(resume)
     assert stopped.value.code == 2 and "another process is training this run" in capsys.readouterr().err
     other.kill()
-    other.wait()
-    other.stdout.close()
+    other.join()
     train.main(resume)
     assert final_state(tmp_path)["iteration"] == 12
 
@@ -787,11 +788,18 @@ def test_arithmetic_is_scored_by_whole_answers():
 
 # --- Several processes ---
 
-def torchrun(num_processes: int, *argv: str) -> subprocess.CompletedProcess:
+def torchrun(num_processes: int, argv: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "train.py", *argv], capture_output=True, text=True, timeout=120,
-                          env=environment, cwd=Path(__file__).parent.parent)
+    done = subprocess.run([*command, "train.py", *argv], capture_output=True, text=True, timeout=120,
+                          env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+def on_processes(num_processes: int, argv: list[str], output: Path, code: int = 0) -> Job:
+    """The same without torchrun, whose start is most of its time; what the ranks said is added to the output file."""
+    job = Job("train", argv, output, num_processes)
+    assert job.wait() == code, job.text()[-2000:]
+    return job
 
 def on_one_thread(argv: list[str]) -> None:
     threads = torch.get_num_threads()
@@ -804,9 +812,12 @@ def losses(out: Path, name: str = "cats-1") -> list[float]:
 
 @pytest.mark.parametrize("num_processes, more", [(2, ("--dropout=0.1",)), (4, ("--ordered",))])
 def test_processes_equal_micro_batches(corpus, tmp_path, num_processes, more):
-    """torchrun with --ddp bucketed on N processes: the bits of one process that accumulates N micro-batches."""
-    done = torchrun(num_processes, *flags(corpus, tmp_path / "many", "--ddp=bucketed", *more))
-    assert done.returncode == 0, done.stderr[-2000:]
+    """--ddp bucketed on 2 processes of torchrun, and on 4: the bits of one process that accumulates as many batches."""
+    many = flags(corpus, tmp_path / "many", "--ddp=bucketed", *more)
+    if num_processes == 2:
+        torchrun(2, many)
+    else:
+        on_processes(num_processes, many, tmp_path / "said.txt")
     on_one_thread(flags(corpus, tmp_path / "one", f"--grad_accum_steps={num_processes}", *more))
     assert_equal_runs(final_state(tmp_path / "one"), final_state(tmp_path / "many"))
     assert losses(tmp_path / "one") == losses(tmp_path / "many")
@@ -826,9 +837,9 @@ def test_resuming_on_another_number_of_processes(corpus, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "get_batch", stopping)
         on_one_thread([*parts, "--grad_accum_steps=2"])
-    done = torchrun(2, "--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu",
-                    "--ddp=bucketed", "--grad_accum_steps=1")
-    assert done.returncode == 0 and "from step 3" in done.stdout, done.stderr[-2000:]
+    resume = ["--resume", f"--out_dir={tmp_path / 'parts'}", f"--data_dir={corpus / 'data'}", "--device=cpu"]
+    job = on_processes(2, [*resume, "--ddp=bucketed", "--grad_accum_steps=1"], tmp_path / "said.txt")
+    assert "from step 3" in job.text(), job.text()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 def test_shards_of_every_kind(corpus, tmp_path):
@@ -840,8 +851,7 @@ def test_shards_of_every_kind(corpus, tmp_path):
     for step, mode in ((5, ["--shard_opt=fsdp"]), (7, ["--shard_opt=zero2"]),
                        (9, ["--shard_opt=zero1", "--ddp=bucketed"])):
         start = resume if step > 5 else [flag for flag in run if "save_interval" not in flag]
-        done = torchrun(2, *start, *mode, f"--save_interval={step}")
-        assert done.returncode == 0, done.stderr[-2000:]
+        on_processes(2, [*start, *mode, f"--save_interval={step}"], tmp_path / "said.txt")
         folder = tmp_path / "many" / "cats-1"
         for path in folder.glob("checkpoint_*.pt"):  # as if this stage had been killed after its first save
             if int(path.stem.split("_")[1]) > step:
@@ -885,10 +895,9 @@ def test_experts_on_two_processes(corpus, tmp_path):
 
 def test_what_does_not_go_together_is_one_sentence(corpus, tmp_path):
     """Muon with torch_fsdp is refused in one sentence with exit code 2, without a traceback."""
-    done = torchrun(2, *flags(corpus, tmp_path, "--optimizer=muon", "--shard_opt=torch_fsdp"))
-    told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert done.returncode != 0 and told and all("take --shard_opt fsdp" in line for line in told), done.stderr
-    assert "line" not in "".join(line for line in done.stderr.splitlines() if "train.py" in line and "File" in line)
+    job = on_processes(2, flags(corpus, tmp_path, "--optimizer=muon", "--shard_opt=torch_fsdp"), tmp_path / "said", 2)
+    assert job.told() and all("take --shard_opt fsdp" in line for line in job.told()), job.text()
+    assert "Traceback" not in job.text(), job.text()
 
 def test_context_parallel_run(corpus, tmp_path):
     """--context_parallel 2 with --doc_mask: two processes on each sequence have the losses of one, to 1e-5."""
@@ -897,8 +906,7 @@ def test_context_parallel_run(corpus, tmp_path):
     run = [f"--dataset={text}" if flag.startswith("--dataset") else flag for flag in flags(corpus, tmp_path / "one")]
     run = [flag for flag in run if "vocab_size" not in flag] + ["--vocab_size=300", "--doc_mask"]
     train.main(run)
-    done = torchrun(2, *run[:-1], "--doc_mask", "--ddp=bucketed", "--context_parallel=2", "--run_name=two")
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_processes(2, [*run, "--ddp=bucketed", "--context_parallel=2", "--run_name=two"], tmp_path / "said.txt")
     one, two = (losses(tmp_path / "one", name) for name in ("documents-1", "two"))
     assert one == pytest.approx(two, abs=1e-5) and len(one) > 3
     train.main([*run[:-1], "--run_name=open"])
@@ -906,8 +914,8 @@ def test_context_parallel_run(corpus, tmp_path):
 
 def test_two_processes_without_ddp_are_refused(corpus, tmp_path):
     """Several processes with --ddp none would train apart: refused in one sentence by every rank."""
-    done = torchrun(2, *flags(corpus, tmp_path))
-    assert done.returncode != 0 and "add --ddp bucketed" in done.stderr
+    job = on_processes(2, flags(corpus, tmp_path), tmp_path / "said.txt", 2)
+    assert len(job.told()) == 2 and all("add --ddp bucketed" in line for line in job.told()), job.text()
 
 def test_doctests():
     """The worked examples in the docstrings are true."""
