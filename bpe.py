@@ -97,8 +97,7 @@ def border_flags(text: bytes) -> np.ndarray:
 
 def blocks_of(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """A UTF-8 text block by block: its bytes, and where its pieces begin and end. A special token is a piece."""
-    pattern = special_pattern(special_tokens).pattern.encode("utf-8")
-    parts = re.split(pattern, text) if special_tokens else [text]
+    parts = re.split(special_pattern(special_tokens).pattern.encode("utf-8"), text) if special_tokens else [text]
     parts[1::2] = [b"\xff".ljust(len(special), b"\xfe") for special in parts[1::2]]
     marks, begin, size = b"".join(parts), 0, BLOCK_BYTES
     while begin < len(text):
@@ -111,7 +110,7 @@ def blocks_of(text: bytes, special_tokens: Sequence[str]) -> Iterator[tuple[byte
         yield text[begin : begin + borders[-1]], borders[:-1], borders[1:]
         begin, size = begin + int(borders[-1]), BLOCK_BYTES
 
-SLOT_BITS = 20
+SLOT_BITS, NO_TEXT = 20, (1 << 64) - 2
 class Pieces:
     """Gives equal pieces the same number, counted from 0 in the order of their coming.
     Pieces are compared as two integers, their first and next 8 bytes; longer ones, which are few, by a dict. A hash of
@@ -119,7 +118,7 @@ class Pieces:
     the other will count as new when it comes again: that costs less than to look further."""
     def __init__(self) -> None:
         self.slots, self.long = np.zeros(1 << SLOT_BITS, np.int32), {}
-        self.heads, self.tails = np.zeros((2, 1), np.uint64) + 253  # no piece: UTF-8 has no such byte
+        self.heads, self.tails = np.full((2, 1), NO_TEXT, np.uint64)  # stands in all slots and equals no piece
 
     def numbers(self, block: bytes, begin: np.ndarray, end: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         """The pieces that are new, in the order of their numbers, and the number of each piece of the block."""
@@ -128,9 +127,8 @@ class Pieces:
         length = end - begin
         head = words[begin] | outside[np.minimum(length, 8)]
         tail = words[begin + 8] | outside[np.clip(length - 8, 0, 8)]
-        for place in np.flatnonzero(length > 16).tolist():
-            piece = block[begin[place] : end[place]]
-            head[place], tail[place] = self.long.setdefault(piece, len(self.long)), (1 << 64) - 2  # which is no text
+        for place in np.flatnonzero(length > 16).tolist():  # as bytes, NO_TEXT is 254 255 255 ...
+            head[place], tail[place] = self.long.setdefault(block[begin[place] : end[place]], len(self.long)), NO_TEXT
         slot = ((head ^ tail * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93 >> 64 - SLOT_BITS).astype(np.int64)
         number, new = self.slots[slot], []
         missing = np.flatnonzero((self.heads[number] != head) | (self.tails[number] != tail))
@@ -410,7 +408,10 @@ def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_wo
         yield from (function(shared, *task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe beside the threads of torch
-    pool = concurrent.futures.ProcessPoolExecutor(helpers, context, _start_worker, (shared,))
+    # subtle: handed over with the start, a tokenizer would keep this process waiting until the others can read it
+    present = context.SimpleQueue()
+    threading.Thread(target=lambda: [present.put(shared) for _ in range(helpers)], daemon=True).start()
+    pool = concurrent.futures.ProcessPoolExecutor(helpers, context, _start_worker, (present,))
     # subtle: a spawned process first runs the caller's script again, up to `if __name__ == "__main__"`. Ours need only
     # this file, and train.py would import torch in each of them, so the script's path is hidden while they start.
     main, tasks = sys.modules["__main__"].__dict__, iter(tasks)
@@ -435,11 +436,11 @@ def parallel_map(function: Callable, shared: Any, tasks: Sequence[tuple], num_wo
         pool.shutdown(cancel_futures=True)
 
 _SHARED: list[Any] = []  # in a worker: what all its tasks need, such as the tokenizer, sent once
-def _start_worker(shared: Any) -> None:
+def _start_worker(present: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     # a parent that is killed ends nobody: then this does
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    _SHARED.append(shared)
+    _SHARED.append(present.get())
 
 def _run_task(function: Callable, task: tuple) -> Any:
     return function(_SHARED[0], *task)
@@ -676,8 +677,7 @@ class Tokenizer:
             return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
         for block in blocks_of(data, self.special_tokens):
             # subtle: taken out while it is changed, so that nobody finds it half done after an error or in a thread
-            known = vars(self).pop("_known", None)
-            pieces, begin, ids = known or (Pieces(), np.zeros(1, np.int64), np.empty(0, np.uint32))
+            pieces, begin, ids = vars(self).pop("_known", None) or (Pieces(), np.zeros(1, int), np.empty(0, np.uint32))
             new, number = pieces.numbers(*block)
             if new:
                 more, end = self._encode_pieces(new)
