@@ -54,8 +54,8 @@ DAMAGED = "damaged file taken for a good one"
 
 
 def flags(folder: Path, num_processes: int = 1, **more) -> list[str]:
-    values = dict(dataset="stories", data_bytes=2_100_000, vocab_size=600, context_length=32, d_model=32, num_layers=2,
-                  num_heads=2, d_ff=64, batch_size=8, max_steps=60, warmup_steps=5, save_interval=5, eval_interval=30,
+    values = dict(dataset="stories", data_bytes=1_050_000, vocab_size=600, context_length=32, d_model=32, num_layers=2,
+                  num_heads=2, d_ff=64, batch_size=8, max_steps=30, warmup_steps=5, save_interval=5, eval_interval=15,
                   log_interval=5, eval_tokens=3000, device="cpu", dtype="float32", optimizer="muon", run_name="it",
                   dist_timeout=5, num_workers=2, data_dir=folder / "data", out_dir=folder / "runs")
     values |= dict(ddp="bucketed") if num_processes > 1 else dict(grad_accum_steps=2)
@@ -91,6 +91,7 @@ def go_on(folder: Path, num_processes: int = 1) -> str:
     if again.wait() == 0:
         return "went on by itself"
     assert any("go on with --resume" in line for line in again.told()), again.text()[-2000:]
+    assert "Traceback" not in again.text(), again.text()[-2000:]
     again = Job("train", resuming(folder, num_processes), folder / "resumed.txt", num_processes)
     assert again.wait() == 0, again.text()[-2000:]
     return "said: --resume; that went on"
@@ -126,7 +127,7 @@ PLAN = [("text generation", 1, 0.3, lambda folder, job: in_writing(folder, "trai
         ("training", 2, 0.3, lambda folder, job: lambda: "step     1/" in job.text()),
         ("checkpoint writing", 2, 0.004, lambda folder, job: in_writing(folder, "checkpoint_*")),
         ("sampling", 1, 0.3, lambda folder, job: lambda: "--- " in job.text()),
-        ("any", 1, 3.0, lambda folder, job: lambda: True)]
+        ("any", 2, 3.0, lambda folder, job: lambda: True)]
 
 
 def kill_once(number: int, folder: Path, undisturbed: dict[int, Path]) -> tuple[str, str, str]:
@@ -142,7 +143,7 @@ def kill_once(number: int, folder: Path, undisturbed: dict[int, Path]) -> tuple[
         return kill_tokenizer_training(folder, whole, rng)
     more = {"save_interval": 1} if stage == "checkpoint writing" else {}
     victim = Job("train", flags(folder, num_processes, **more), folder / "out.txt", num_processes)
-    for _ in range(rng.randrange(1, 30) if stage == "checkpoint writing" else 1):
+    for _ in range(rng.randrange(1, 20) if stage == "checkpoint writing" else 1):
         seen = victim.wait_for(sign(folder, victim))
         victim.wait_for(lambda: not sign(folder, victim)() or stage != "checkpoint writing")
     seen = victim.wait_for(sign(folder, victim))
@@ -223,7 +224,7 @@ def test_a_killed_launcher_leaves_no_ranks(undisturbed, tmp_path):
     launcher.wait()
     assert len(ranks) == 2, f"{len(ranks)} processes"
     said += launcher.stdout.read()  # ends with the last of the ranks
-    assert not still_living(ranks, 30) and "step    60/60" not in said, f"the ranks trained on: {said}"
+    assert not still_living(ranks, 30) and "step    30/30" not in said, f"the ranks trained on: {said}"
     assert "go on with:" in said, said
     again = Job("train", resuming(tmp_path, 2), tmp_path / "again.txt", 2)
     assert again.wait() == 0, again.text()[-2000:]
@@ -265,7 +266,7 @@ def test_a_torn_last_line(undisturbed, tmp_path):
     """A log whose last line was cut off by a kill goes on as if it had never been begun."""
     shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
     log = tmp_path / "runs" / "it" / "log.jsonl"
-    (log.parent / "checkpoint_00000060.pt").unlink()
+    (log.parent / "checkpoint_00000030.pt").unlink()
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:-2]) + lines[-2][:37])
     job = Job("train", resuming(tmp_path), tmp_path / "out.txt")
@@ -350,7 +351,7 @@ def full_disk(mount, folder: Path, what: str, kilobytes: int, report: Path) -> N
     report.write_text(json.dumps([code, left, second]))
 
 
-DISKS = [("data", 1000), ("data", 2300), ("data", 3200), ("runs", 60), ("runs", 500), ("runs", 1200)]
+DISKS = [("data", 500), ("data", 1150), ("data", 1700), ("runs", 60), ("runs", 500), ("runs", 1200)]
 
 
 def test_disk_full(undisturbed, tmp_path):
@@ -527,7 +528,7 @@ def tiny_model() -> TransformerLM:
     return TransformerLM(ModelConfig(vocab_size=11, context_length=8, d_model=4, num_layers=1, num_heads=2, d_ff=4))
 
 
-def test_damaged_checkpoints(request):
+def test_damaged_checkpoints(beside, request):
     """A checkpoint cut off anywhere or with any byte changed is refused in one sentence, or loads the same tensors."""
     model, buffer = tiny_model(), io.BytesIO()
     optimizer = AdamW(model.parameters())
@@ -550,6 +551,16 @@ def test_damaged_checkpoints(request):
 
 
 @pytest.fixture(scope="module")
+def beside(request, tmp_path_factory) -> dict:
+    """Work of minutes in processes of their own, begun with the first damaged file: the other core is idle there."""
+    full, names = request.config.getoption("full"), {item.originalname for item in request.session.items}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {work.__name__: pool.submit(work, tmp_path_factory.mktemp(work.__name__), full)
+               for work, test in ((long_lines, "test_one_long_line"), (long_run, "test_a_long_run_stays_as_it_began"))
+               if test in names}
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A small text with its tokenizer and token array, and a run on it."""
     folder = tmp_path_factory.mktemp("small")
@@ -557,7 +568,7 @@ def small(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(*train_bpe(folder / "text.txt", 290, [END_OF_TEXT]), [END_OF_TEXT])
     tokenizer.save(folder)
     encode_file(tokenizer, folder / "text.txt", folder / "text.npy")
-    train.main(tiny(folder / "text.txt", folder))
+    train.main([*tiny(folder / "text.txt", folder), "--tie_embeddings"])
     return folder
 
 
@@ -723,10 +734,11 @@ def test_invalid_utf8_says_where(place, tmp_path, capsys):
 
 def test_long_runs_are_not_quadratic(tmp_path, request):
     """Ten times as many equal letters or spaces take less than 40 times as long, where squares would take 100."""
+    full = request.config.getoption("full")
     print("\n      of    MB  training s  encoding s")
     for character in ("a", " "):
         seconds = []
-        for size in (100_000, 1_000_000, 10_000_000)[: 3 if request.config.getoption("full") else 2]:
+        for size in (100_000, 1_000_000, 10_000_000) if full else (40_000, 400_000):
             path = tmp_path / "run.txt"
             path.write_text(character * size, encoding="utf-8")
             started = time.perf_counter()
@@ -734,30 +746,36 @@ def test_long_runs_are_not_quadratic(tmp_path, request):
             trained = time.perf_counter()
             assert sum(len(tokenizer.vocab[token]) for token in tokenizer.encode(character * size)) == size
             seconds.append((trained - started, time.perf_counter() - trained))
-            print(f"{character!r:>8} {size / 1e6:5.1f} {seconds[-1][0]:11.2f} {seconds[-1][1]:11.2f}")
+            print(f"{character!r:>8} {size / 1e6:5.2f} {seconds[-1][0]:11.2f} {seconds[-1][1]:11.2f}")
         for smaller, larger in zip(seconds, seconds[1:]):
             assert all(b < 40 * max(a, 0.05) for a, b in zip(smaller, larger)), f"{character!r}: {seconds} s"
 
 
-def test_one_long_line(tmp_path, request):
-    """One line without an end of text is worked on in chunks: five times as long, it takes hardly more memory."""
-    path = tmp_path / "line.txt"
+def long_lines(folder: Path, full: bool) -> list[tuple[int, float, int, int]]:
+    """How often a sentence is repeated, the seconds, the tokens, and the megabytes held."""
+    path, table = folder / "line.txt", []
     # VmHWM and not getrusage: that one would count the memory of the process that started this one
     code = ("import re, sys, bpe; path = sys.argv[1];"
             "t = bpe.Tokenizer(*bpe.train_bpe(path, 300, [], num_workers=1));"
             "n = bpe.encode_file(t, path, path + '.npy', num_workers=1);"
             "print(n, int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)")
-    held = []
-    print("\n      MB   seconds  MB held")
-    for repeats in (150_000, 750_000, 6_450_000)[: 3 if request.config.getoption("full") else 2]:
+    for repeats in (150_000, 750_000, 6_450_000)[: 3 if full else 2]:
         path.write_text("the quick brown fox, 12 times; " * repeats, encoding="utf-8")
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        tokens, megabytes = map(int, done.stdout.split())
+        table.append((repeats, time.perf_counter() - started, *map(int, done.stdout.split())))
+    return table
+
+
+def test_one_long_line(beside):
+    """One line without an end of text is worked on in chunks: five times as long, it takes hardly more memory."""
+    table = beside["long_lines"].result()
+    print("\n      MB   seconds  MB held")
+    for repeats, seconds, tokens, megabytes in table:
+        print(f"{31 * repeats / 1e6:8.1f} {seconds:9.1f} {megabytes:8}")
         assert tokens > 5 * repeats, f"{tokens} tokens"
-        held.append(megabytes)
-        print(f"{31 * repeats / 1e6:8.1f} {time.perf_counter() - started:9.1f} {megabytes:8}")
+    held = [row[-1] for row in table]
     assert held[-1] < 1.3 * held[0], f"{held} MB"
 
 
@@ -888,25 +906,30 @@ for row in (*table, (0, *before), (-1, *state())): print("at", *row)
 """
 
 
-def test_a_long_run_stays_as_it_began(tmp_path, request):
-    """2,000 steps and 20 evaluations (--full: 20,000 and 200): memory, files, threads, children, disk stay the same."""
-    text, steps = tmp_path / "text.txt", 20_000 if request.config.getoption("full") else 2000
+def long_run(folder: Path, full: bool) -> tuple[int, list[list[float]], Path]:
+    """The number of steps, the rows of state, the last two of them before and after the run, and the run's folder."""
+    text, steps = folder / "text.txt", 20_000 if full else 2000
     text.write_text("tide and moon, moon and tide. " * 300, encoding="utf-8")
-    argv = tiny(text, tmp_path, vocab_size=256, max_steps=steps, eval_interval=100, save_interval=steps // 20,
+    argv = tiny(text, folder, vocab_size=256, max_steps=steps, eval_interval=100, save_interval=steps // 20,
                 log_interval=50)
     done = subprocess.run([sys.executable, "-c", LONG_RUN, str(steps // 8), *argv], cwd=ROOT, env=ENVIRONMENT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("at ")]
-    *rows, before, after = rows
+    return steps, rows, folder / "runs" / "it"
+
+
+def test_a_long_run_stays_as_it_began(beside):
+    """2,000 steps and 20 evaluations (--full: 20,000 and 200): memory, files, threads, children, disk stay the same."""
+    steps, (*rows, before, after), folder = beside["long_run"].result()
     print("\n   steps        MB  open files  threads  child processes")
     for step, megabytes, files, threads, children in rows:
         print(f"{step:8,.0f} {megabytes:9.1f} {files:11.0f} {threads:8.0f} {children:16.0f}")
     assert rows[-1][0] == steps and rows[-1][1] < rows[0][1] * 1.03 + 5, "memory grew"
     assert rows[-1][2:] == rows[0][2:], "files, threads or processes were left open"
     assert after[2] <= before[2] + 2 and after[3:] == before[3:], f"{before} before, {after} after the run"
-    assert len(list((tmp_path / "runs" / "it").glob("checkpoint_*"))) == 2
-    lines = (tmp_path / "runs" / "it" / "log.jsonl").read_text().splitlines()
+    assert len(list(folder.glob("checkpoint_*"))) == 2
+    lines = (folder / "log.jsonl").read_text().splitlines()
     assert sum("val_loss" in line for line in lines) == steps // 100 + 1
     assert len(lines) == steps // 50 + steps // 100 + 2, f"{len(lines)} lines"
 

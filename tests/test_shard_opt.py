@@ -12,10 +12,9 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -32,7 +31,7 @@ from model import ModelConfig, TransformerLM
 from shard_opt import FSDP, MODES, ShardedOptimizer, full_state_dicts, load_full_state_dicts, shard
 
 from shard_opt import load_shards, save_shards  # isort: skip
-from test_ddp import team  # isort: skip
+from test_ddp import Job, team  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is one process")
 RankError = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
@@ -585,26 +584,6 @@ def test_killed_while_saving(tmp_path):
         assert files == [".metadata", *(f"__{rank}_0.distcp" for rank in range(world_size))], f"{files}"
 
 
-def run_train(*arguments: str, until_step: int | None = None, num_processes: int = 2) -> str:
-    """What train.py says; with until_step all its processes are killed -9 some moments after that step was logged."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    root = Path(shard_opt.__file__).parent
-    job = subprocess.Popen([*command, "train.py", *arguments], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if until_step is None:
-        said = job.communicate(timeout=120)[0]
-        assert job.returncode == 0, said[-3000:]
-        return said
-    [folder] = [Path(word.split("=")[1]) for word in arguments if word.startswith("--out_dir")]
-    log = folder / "it" / "log.jsonl"
-    while not (log.exists() and f'"step": {until_step},' in log.read_text()):
-        assert job.poll() is None, job.communicate()[0][-3000:]
-        time.sleep(0.01)
-    time.sleep(random.Random(until_step).uniform(0, 0.1))
-    os.killpg(job.pid, signal.SIGKILL)
-    return job.communicate()[0]
-
-
 @pytest.mark.faults
 def test_killed_runs_of_train(tmp_path):
     """train.py with sharded checkpoints, killed -9 three times and resumed on 2, 1 and 2 processes and in other modes:
@@ -612,19 +591,32 @@ def test_killed_runs_of_train(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     flags = dict(dataset="stories", data_bytes=300_000, vocab_size=400, context_length=32, d_model=32, num_layers=2,
-                 num_heads=2, d_ff=64, batch_size=8, max_steps=200, warmup_steps=5, save_interval=7, eval_interval=100,
+                 num_heads=2, d_ff=64, batch_size=8, max_steps=45, warmup_steps=5, save_interval=5, eval_interval=25,
                  log_interval=1, eval_tokens=3000, dtype="float32", optimizer="muon", grad_clip=100)
     where = [f"--data_dir={tmp_path / 'data'}", "--run_name=it", "--device=cpu"]
     start = [f"--{name}={value}" for name, value in flags.items()] + where
     here, whole = f"--out_dir={tmp_path / 'killed'}", f"--out_dir={tmp_path / 'whole'}"
-    run_train(*start, whole, "--shard_opt=fsdp")
+
+    def run(*argv: str, until_step: int | None = None, num_processes: int = 2) -> str:
+        """What train.py says; with until_step it is killed -9 some moments after that step was logged."""
+        job = Job("train", list(argv), tmp_path / f"{until_step}.txt", num_processes)
+        if until_step is not None:
+            log = tmp_path / "killed" / "it" / "log.jsonl"
+            assert job.wait_for(lambda: log.exists() and f'"step": {until_step},' in log.read_text()), job.text()
+            time.sleep(random.Random(until_step).uniform(0, 0.1))
+            job.kill()
+        assert job.wait() == (0 if until_step is None else -signal.SIGKILL), job.text()[-3000:]
+        return job.text()
+
+    run(*start, whole, "--shard_opt=fsdp")
     sharded = [here, "--checkpoint=sharded"]
-    run_train(*start, *sharded, "--shard_opt=fsdp", until_step=20)
-    run_train("--resume", *where, *sharded, "--shard_opt=zero2", until_step=60)
-    run_train("--resume", *where, *sharded, "--shard_opt=zero1", "--ddp=bucketed", "--grad_accum_steps=2",
-              num_processes=1, until_step=110)
-    said = run_train("--resume", *where, *sharded, "--shard_opt=fsdp", "--grad_accum_steps=1")
-    assert int(said.split("from step ")[1].split()[0]) >= 98, said
+    run(*start, *sharded, "--shard_opt=fsdp", until_step=12)
+    run("--resume", *where, *sharded, "--shard_opt=zero2", until_step=22)
+    run("--resume", *where, *sharded, "--shard_opt=zero1", "--ddp=bucketed", "--grad_accum_steps=2", num_processes=1,
+        until_step=32)
+    (tmp_path / "None.txt").unlink()
+    said = run("--resume", *where, *sharded, "--shard_opt=fsdp", "--grad_accum_steps=1")
+    assert int(said.split("from step ")[1].split()[0]) >= 30, said
     lines = [[{key: line[key] for key in ("step", "train_loss", "val_loss") if key in line}
               for line in train.read_log(tmp_path / name / "it" / "log.jsonl")] for name in ("killed", "whole")]
     assert lines[0] == lines[1], "other losses"
@@ -634,9 +626,11 @@ def test_killed_runs_of_train(tmp_path):
     dcp.load({f"model.{name}": value for name, value in found.items()}, checkpoint_id=newest)
     assert_equal(found, expected, "parameters at the end")
     assert len(list(newest.parent.glob("*.shards"))) <= 3, "old shards are not removed"
-    sample = [sys.executable, "sample.py", "--max_new_tokens=5", "--run"]
-    texts = [subprocess.run([*sample, str(tmp_path / name / "it")], cwd=Path(shard_opt.__file__).parent, text=True,
-                            capture_output=True, check=True).stdout for name in ("killed", "whole")]
+    texts = []
+    for name in ("killed", "whole"):
+        job = Job("sample", ["--max_new_tokens=5", "--run", str(tmp_path / name / "it")], tmp_path / f"{name}.txt")
+        assert job.wait() == 0, job.text()
+        texts.append(re.sub(r"(?m)^--- .*\n?", "", job.text()))  # what it says of time, and of the folder
     assert texts[0] == texts[1], texts
 
 
