@@ -5,6 +5,7 @@
 
 tokens/s     of all rows together, while decoding: the time for many tokens less that for one, over the tokens between
 first token  seconds until the first token of a prompt of --prompt_tokens
+where        a decoded token of ours: matrix products, and all else in so many operations that torch's profiler saw
 bound        what the memory allows: every step reads all weights but the embedding table, see sample.seconds_to_read
 products     what torch's matrix products allow: the same weights times random rows, and nothing else
 
@@ -57,6 +58,15 @@ def seconds_of_products(model: TransformerLM, batch_size: int) -> float:
     pairs = [(layer, torch.randn(batch_size, 1, layer.weight.shape[1])) for layer in layers]
     return statistics.median(seconds_of(lambda _: [layer(x) for layer, x in pairs], 0) for _ in range(30))
 
+def operations_per_token(write: Callable[[int], None]) -> float:
+    """Operations of torch that call no other one, of a decoded token: those of 5 tokens less those of 1."""
+    counts = []
+    for num_tokens in (5, 1):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            write(num_tokens)
+        counts.append(sum(event.name.startswith("aten::") and not event.cpu_children for event in profile.events()))
+    return (counts[0] - counts[1]) / 4
+
 def summary(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "quartile1": low, "quartile3": high}
@@ -97,6 +107,8 @@ def compare(config: ModelConfig, batch_size: int, args: argparse.Namespace) -> d
         "bound_tokens_per_second": bound,
         "share_of_bound": statistics.median(speed["ours"]) / bound,
         "products_tokens_per_second": batch_size / seconds_of_products(ours, batch_size),
+        "operations_per_token": operations_per_token(we_write),
+        "weight_bytes": num_bytes,
     }
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,6 +138,14 @@ def main(argv: list[str] | None = None) -> None:
               f"({ratio['quartile1']:.2f} - {ratio['quartile3']:.2f}){r['share_of_bound']:11.0%}"
               f"{r['products_tokens_per_second']:10,.0f}"
               f"{1e3 * first[0]:15.1f}{1e3 * first[1]:7.1f} ms{r['first_token_ratio']['median']:6.2f}")
+    for r in results:
+        rows, num_bytes = r["batch_size"], r["weight_bytes"]
+        whole, products, bound = (1e3 * rows / x for x in (r["tokens_per_second"]["ours"]["median"],
+                                  r["products_tokens_per_second"], r["bound_tokens_per_second"]))  # fmt: skip
+        print(f"where a decoded token of {rows} rows goes: {whole:.1f} ms, of which matrix products {products:.1f} "
+              f"({num_bytes / 1e6:,.0f} MB of weights at {num_bytes / products / 1e6:.0f} GB/s; a sum over them reads "
+              f"{num_bytes / bound / 1e6:.0f}), all else {whole - products:.1f} in {r['operations_per_token']:.0f} "
+              "operations")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1), encoding="utf-8")
 

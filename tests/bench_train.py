@@ -2,7 +2,8 @@
 
     python tests/bench_train.py                                      both shapes, three minutes
     python tests/bench_train.py --shapes baseline --dtype bfloat16   under autocast; only where the CPU multiplies it
-    python tests/bench_train.py --table where                        our step by part
+    python tests/bench_train.py --table where                        our step by kind of operation
+    python tests/bench_train.py --table compile                      what --compile costs at the start and buys a step
     python tests/bench_train.py --table run                          around the steps: loader, start, growth; a minute
     python tests/bench_train.py --log runs/stories-1/log.jsonl       what a run spent outside its steps
     python tests/bench_train.py --json train.json
@@ -10,9 +11,12 @@
 step    forward, loss, backward, clipping, optimizer, on the same batch, parameters in float32. Both sides take turns in
         one process, so that whatever else the machine does hits both; compared are medians of paired ratios. The peer
         has torch's fused AdamW. Peak memory is measured in a process of its own for each side.
-where   seconds of the parts of our step, each timed alone
+where   our step by kind of operation, from torch's profiler, and the speed of its matrix products beside that of one
+        product alone
+compile seconds until the first compiled step is done, with an empty cache of compiled code and with a full one, each in
+        a process of its own; a step over a compiled one, in turn
 run     the loader beside a step of the default run; train.py --help beside `import torch`; from the command to the
-        first step, data there; the first 100 of 2,000 steps of a small run beside the last 100
+        first step, data there; the first 100 of 1,000 steps of a small run beside the last 100
 log     seconds of a run less those of its steps: evaluations, checkpoints, log lines
 
 Aims: loader under 2 % of a step, outside the steps under 5 % of the default run, --help within 0.4 s of `import torch`,
@@ -23,6 +27,7 @@ Aims of a step: 1.2 times the peer's tokens/s in float32, 1.5 times in bfloat16,
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -55,9 +60,11 @@ def batch_of(config: ModelConfig, batch_size: int) -> tuple[torch.Tensor, torch.
 def autocast(dtype: str):
     return nullcontext() if dtype == "float32" else torch.autocast("cpu", dtype=getattr(torch, dtype))
 
-def our_step(config: ModelConfig, batch_size: int, dtype: str) -> Callable[[], float]:
+def our_step(config: ModelConfig, batch_size: int, dtype: str, *, compiled: bool = False) -> Callable[[], float]:
     inputs, targets = batch_of(config, batch_size)
     model = TransformerLM(config)
+    if compiled:  # as train.py --compile
+        model.compile()
     optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-3)
 
     def step() -> float:
@@ -104,14 +111,15 @@ def peak_bytes(side: str, config: ModelConfig, batch_size: int, dtype: str, queu
     step(), step()
     queue.put(resident_peak() - before)
 
-def peak_memory(side: str, *arguments) -> int:
+def in_own_process(target: Callable, *arguments):
+    """What target(*arguments, queue) puts into its queue."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=peak_bytes, args=(side, *arguments, queue))
+    process = context.Process(target=target, args=(*arguments, queue))
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"{side}: the process that measures memory ended with {process.exitcode}")
+        raise SystemExit(f"{target.__name__}{arguments}: its process ended with {process.exitcode}")
     return queue.get()
 
 def compare(config: ModelConfig, args: argparse.Namespace) -> dict:
@@ -125,7 +133,7 @@ def compare(config: ModelConfig, args: argparse.Namespace) -> dict:
             assert loss < 20, f"{name}: the loss is {loss}, a step that learns nothing proves nothing"
     seconds = {name: values[1:] for name, values in seconds.items()}
     del steps
-    memory = {name: peak_memory(name, config, args.batch_size, args.dtype) for name in SIDES}
+    memory = {name: in_own_process(peak_bytes, name, config, args.batch_size, args.dtype) for name in SIDES}
     tokens = args.batch_size * config.context_length
     return {
         "tokens_per_second": {name: summary([tokens / s for s in values]) for name, values in seconds.items()},
@@ -133,34 +141,51 @@ def compare(config: ModelConfig, args: argparse.Namespace) -> dict:
         "peak_bytes": memory, "memory_ratio": memory["ours"] / memory["peer"],
     }  # fmt: skip
 
+def kind_of(event) -> str:
+    """Where an operation of the profile belongs: to the optimizer by its place, else by its name."""
+    outer = event
+    while outer is not None and not outer.name.startswith("Optimizer.step"):
+        outer = outer.cpu_parent
+    if outer is not None:
+        return "optimizer"
+    if event.name in ("aten::mm", "aten::bmm", "aten::addmm"):
+        return "matrix products"
+    return "attention" if "attention" in event.name else "elementwise and the rest"
+
 def where_time_goes(config: ModelConfig, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each part of our step, timed alone on data of the step's sizes; `blocks` is the rest."""
-    inputs, targets = batch_of(config, args.batch_size)
-    model = TransformerLM(config)
-    optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-3)
-    hidden = torch.randn(*inputs.shape, config.d_model, requires_grad=True)  # (B, T, C)
-    head = partial(linear_cross_entropy, targets=targets)
+    """Seconds of a step by kind of operation, and the GFLOP/s of its products and of one product alone."""
+    step = our_step(config, args.batch_size, args.dtype)
+    step(), step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(args.rounds):
+            step()
+    seconds = dict.fromkeys(("matrix products", "attention", "elementwise and the rest", "optimizer"), 0.0)
+    for event in profile.events():
+        seconds[kind_of(event)] += event.self_cpu_time_total / 1e6 / args.rounds
+    num_tokens, c, f = args.batch_size * config.context_length, config.d_model, config.d_ff
+    block = 2 * c * c + 2 * c * config.num_kv_heads * config.head_dim + 3 * c * f
+    # A weight takes part in a product on the way forward, and in one for each of the two gradients on the way back.
+    flops = 6 * num_tokens * (config.num_layers * block + config.vocab_size * c)
+    x, w = torch.randn(num_tokens, c), torch.randn(f, c)
+    with autocast(args.dtype):
+        alone = min(seconds_of(lambda: x @ w.T) for _ in range(50))
+    return {**seconds, "gflop": flops / 1e9, "gflops": flops / 1e9 / seconds["matrix products"],
+            "gflops_alone": 2 * num_tokens * c * f / 1e9 / alone}  # fmt: skip
 
-    def forward() -> torch.Tensor:
-        with autocast(args.dtype):
-            return model(inputs, head=head)
+def compiled_beside_eager(config: ModelConfig, args: argparse.Namespace, cache: str, queue) -> None:
+    """Seconds of the first compiled step, and median seconds of later ones and of plain ones, in turn."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    sides = {name: our_step(config, args.batch_size, args.dtype, compiled=name == "compiled")
+             for name in ("compiled", "eager")}  # fmt: skip
+    first = {name: seconds_of(step) for name, step in sides.items()}
+    pairs = [[seconds_of(step) for step in sides.values()] for _ in range(args.rounds + 1)][1:]
+    queue.put({"first_seconds": first["compiled"], "seconds": statistics.median(a for a, _ in pairs),
+               "eager_seconds": statistics.median(b for _, b in pairs),
+               "ratio": summary([b / a for a, b in pairs])})  # fmt: skip
 
-    def loss() -> None:
-        with autocast(args.dtype):
-            value = head(hidden, model.lm_head.weight)
-        value.backward()
-
-    parts = {"forward": forward, "forward and backward": lambda: forward().backward(), "lm_head and loss": loss,
-             "clipping": lambda: clip_gradients(model.parameters(), 1.0), "optimizer": optimizer.step}  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(args.rounds + 1):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    medians["blocks, both ways"] = medians["forward and backward"] - medians["lm_head and loss"]
-    return medians
+def cost_of_compiling(config: ModelConfig, args: argparse.Namespace) -> dict[str, dict]:
+    with tempfile.TemporaryDirectory() as cache:
+        return {name: in_own_process(compiled_beside_eager, config, args, cache) for name in ("cold", "warm")}
 
 def seconds_of(function: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -175,7 +200,7 @@ def loader_share() -> dict[str, float]:
     starts = np.flatnonzero(tokens[: -config.context_length] == 0)
     step, rng = our_step(config, batch_size, "float32"), np.random.default_rng(0)
     load = partial(get_batch, tokens, batch_size, config.context_length, "cpu", rng=rng, starts=starts)
-    pairs = [(seconds_of(load), seconds_of(step)) for _ in range(30)][5:]
+    pairs = [(seconds_of(load), seconds_of(step)) for _ in range(15)][3:]
     batch, whole = (statistics.median(values) for values in zip(*pairs))
     return {"batch_seconds": batch, "step_seconds": whole, "share": batch / (batch + whole)}
 
@@ -206,7 +231,7 @@ def around_the_steps() -> Iterator[tuple[str, dict[str, float]]]:
         starts = [seconds_of(partial(run_quietly, train_command(folder, "--max_steps=1", f"--run_name=start{i}")))
                   for i in range(3)]  # fmt: skip
         yield "start", {"seconds": statistics.median(starts)}
-        run_quietly(train_command(folder, "--max_steps=2000", "--log_interval=1", "--run_name=long"))
+        run_quietly(train_command(folder, "--max_steps=1000", "--log_interval=1", "--run_name=long"))
         speeds = [line["tokens_per_second"] for line in log_lines(folder / "long/log.jsonl") if "train_loss" in line]
         first, last = (4 * 32 / statistics.median(part) for part in (speeds[:100], speeds[-100:]))
         yield "growth", {"first_100_seconds": first, "last_100_seconds": last, "ratio": last / first}
@@ -221,7 +246,8 @@ def outside_the_steps(path: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("all", "step", "where", "run"), default="all", help="all: step, where")
+    parser.add_argument("--table", choices=("all", "step", "where", "compile", "run"), default="all",
+                        help="all: step, where")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: both")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of 256 tokens (default: %(default)s)")
@@ -239,22 +265,33 @@ def main(argv: list[str] | None = None) -> None:
     elif args.table == "run":
         for row, values in around_the_steps():
             results[row] = values
-            print(f"  {row:8}" + "   ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
+            print(f"  {row:8}" + "   ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()),
+                  flush=True)
     for shape in [] if args.log or args.table == "run" else args.shapes:
         config = ModelConfig(**SHAPES[shape])
         name, results[shape] = f"{shape} ({config.num_layers} x {config.d_model})", {}
-        if args.table != "where":
+        if args.table in ("all", "step"):
             r = results[shape]["step"] = compare(config, args)
             speed, memory, ratio = r["tokens_per_second"], r["peak_bytes"], r["ratio"]
             print(f"\n{name}: ours {speed['ours']['median']:,.0f} tokens/s, peer {speed['peer']['median']:,.0f}, ratio "
                   f"{ratio['median']:.2f} ({ratio['quartile1']:.2f} - {ratio['quartile3']:.2f}); peak memory "
                   f"{memory['ours'] / 1e6:,.0f} and {memory['peer'] / 1e6:,.0f} MB: {r['memory_ratio']:.2f}")
-        if args.table != "step":
+        if args.table in ("all", "where"):
             parts = results[shape]["where"] = where_time_goes(config, args)
-            whole = parts["forward and backward"] + parts["clipping"] + parts["optimizer"]
-            print(f"\n{name}, where a step of {1e3 * whole:,.0f} ms goes")
-            for part, seconds in parts.items():
-                print(f"  {part:22}{1e3 * seconds:9.1f} ms{seconds / whole:8.1%}")
+            kinds = dict(list(parts.items())[:4])
+            print(f"\n{name}, where a step of {1e3 * sum(kinds.values()):,.0f} ms goes")
+            for kind, seconds in kinds.items():
+                print(f"  {kind:26}{1e3 * seconds:9.1f} ms{seconds / sum(kinds.values()):8.1%}")
+            print(f"  products: {parts['gflop']:.0f} GFLOP at {parts['gflops']:.0f} GFLOP/s, one alone reaches "
+                  f"{parts['gflops_alone']:.0f}")
+        if args.table == "compile":
+            for cache, r in cost_of_compiling(config, args).items():
+                results[shape].setdefault("compile", {})[cache] = r
+                saved = r["eager_seconds"] - r["seconds"]
+                print(f"{name}, {cache} cache: the first step takes {r['first_seconds']:.1f} s, later ones "
+                      f"{1e3 * r['seconds']:,.0f} instead of {1e3 * r['eager_seconds']:,.0f} ms, ratio "
+                      f"{r['ratio']['median']:.2f} ({r['ratio']['quartile1']:.2f} - {r['ratio']['quartile3']:.2f})"
+                      + f"; pays after {r['first_seconds'] / saved:,.0f} steps" * (saved > 0))
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1), encoding="utf-8")
 
