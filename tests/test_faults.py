@@ -91,7 +91,7 @@ def go_on(folder: Path, num_processes: int = 1) -> str:
     if again.wait() == 0:
         return "went on by itself"
     assert any("go on with --resume" in line for line in again.told()), again.text()[-2000:]
-    assert "Traceback" not in again.text(), again.text()[-2000:]
+    assert num_processes > 1 or "Traceback" not in again.text() and len(again.told()) == 1, again.text()[-2000:]
     again = Job("train", resuming(folder, num_processes), folder / "resumed.txt", num_processes)
     assert again.wait() == 0, again.text()[-2000:]
     return "said: --resume; that went on"
