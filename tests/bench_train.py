@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name}, {cache} cache: the first step takes {r['first_seconds']:.1f} s, later ones "
                       f"{1e3 * r['seconds']:,.0f} instead of {1e3 * r['eager_seconds']:,.0f} ms, ratio "
                       f"{r['ratio']['median']:.2f} ({r['ratio']['quartile1']:.2f} - {r['ratio']['quartile3']:.2f})"
-                      + f"; pays after {r['first_seconds'] / saved:,.0f} steps" * (saved > 0))
+                      + f"; pays after {(r['first_seconds'] - r['eager_seconds']) / saved:,.0f} steps" * (saved > 0))
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1), encoding="utf-8")
 
