@@ -3,14 +3,16 @@
     python tests/bench_bpe.py TEXT...                      texts of UTF-8, documents ending with <|endoftext|>
     python tests/bench_bpe.py TEXT --table train --vocab_size 32000 --repeats 3
     python tests/bench_bpe.py TEXT --table encode --megabytes 40 --json encode.json
-    python tests/bench_bpe.py --table model                time and memory by distinct words, up to OpenWebText's size
+    python tests/bench_bpe.py --table model --words 400000 800000 6700000       the last is OpenWebText's size: 7 GB
 
 train    the whole process from its start to the saved merges, on all processors: seconds, and the greatest sum of the
          memory of all its processes. The tokenizers package reads line by line and breaks ties otherwise.
+half     training on all of the text beside half of it: ours, at the first vocabulary size
 encode   GPT-2's ids of a text from a cold start: loaded, nothing encoded yet. All give the same ids, as checked by a
          hash. One processor: encode_array against tiktoken's encode_to_numpy and tokenizers' encode_batch of the
          documents with one thread. Two: encode_file, the start of its workers included, against tiktoken's batch call.
-model    train_vectorized on synthetic words, a merge's cost by its places
+model    train_vectorized on synthetic words: time and memory by distinct words, their bytes, and merges. What fits all
+         sizes but the greatest says what that one, and OpenWebText's 6.7 million words, should take.
 
 Each measurement is a fresh process; they take turns, and ratios are medians of pairs. Peers that are missing are left
 out. GPT-2's files are read from data/reference.
@@ -28,6 +30,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -65,9 +69,8 @@ def child(what: str, text: str, number: int, folder: str) -> dict:
             counts[word] = counts.get(word, 0) + 1
         begin = time.perf_counter()
         merges = bpe.train_vectorized(counts, int(text))
-        return {"seconds": time.perf_counter() - begin, "merges": len(merges)}
-
-    import numpy as np
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "merges": len(merges), "bytes": sum(map(len, counts)) + number}
 
     import bpe
 
@@ -157,20 +160,47 @@ def measure(what: str, text: str, number: int) -> dict:
     return {"seconds": seconds, "memory": memory[0]} | json.loads(out.decode().splitlines()[-1])
 
 
-def compare(names: list[str], text: str, number: int, repeats: int) -> dict[str, list[dict]]:
+def compare(cases: dict[str, tuple[str, str, int]], repeats: int) -> dict[str, list[dict]]:
     """Measurements that take turns; a peer that is missing or fails is left out."""
-    found: dict[str, list[dict]] = {name: [] for name in names}
+    found: dict[str, list[dict]] = {name: [] for name in cases}
     for _ in range(repeats):
-        for name in names:
-            if result := measure(name, text, number):
+        for name, case in cases.items():
+            if result := measure(*case):
                 found[name].append(result)
     return {name: results for name, results in found.items() if len(results) == repeats}
+
+
+def first_half(text: str, folder: str) -> str:
+    data = Path(text).read_bytes()
+    path = Path(folder) / f"half of {Path(text).name}"
+    path.write_bytes(data[: data.rfind(b"\n", 0, len(data) // 2) + 1])
+    return str(path)
+
+
+def model_table(sizes: list[int], merges: int) -> list[dict]:
+    """Measure, fit seconds = a * bytes + b * merges and memory = c * bytes, and print both."""
+    rows = [{"words": words} | measure("model", str(number), words)
+            for words in sorted(sizes) for number in (merges // 4, merges)[words == max(sizes):]]
+    known = [row for row in rows if row["words"] < max(sizes)] or rows
+    columns = np.array([[row["bytes"], row["merges"]] for row in known])
+    weights = 1 / np.array([row["seconds"] for row in known])[:, None]  # errors count by their share
+    a, b = np.linalg.lstsq(columns * weights, np.ones(len(known)), rcond=None)[0]
+    c = statistics.median(row["memory"] / row["bytes"] for row in known)
+    print(f"model: {a * 1e6:.2f} microseconds a byte of distinct words + {b * 1e6:.0f} a merge; {c:.0f} bytes a byte")
+    size = int(6_700_000 * statistics.median(row["bytes"] / row["words"] for row in rows))
+    print(f"{'distinct words':>15} {'bytes':>12} {'merges':>8} {'seconds':>8} {'model':>8} {'memory':>9} {'model':>9}")
+    for row in [*rows, {"words": 6_700_000, "merges": merges, "bytes": size}]:
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        memory = f"{row['memory'] / 1e6:,.0f} MB" if "memory" in row else ""
+        model = f"{a * row['bytes'] + b * row['merges']:>8.1f} {memory:>9} {c * row['bytes'] / 1e6:>6,.0f} MB"
+        print(f"{row['words']:>15,} {row['bytes']:>12,} {row['merges']:>8,} {seconds:>8} {model}", flush=True)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="UTF-8 texts")
-    parser.add_argument("--table", choices=("all", "train", "encode", "model"), default="all")
+    parser.add_argument("--table", choices=("all", "train", "half", "encode", "model"), default="all")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[10_000, 32_000])
     parser.add_argument("--megabytes", type=int, default=40, help="of each text, for encoding (default: 40)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -183,15 +213,26 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             return print(json.dumps(child(args.child[0], args.texts[0], int(args.child[1]), folder)))
     rows = []
-    tables = {"train": ("ours", "tokenizers"), "encode 1": ("ours", "tiktoken", "tokenizers"),
+    tables = {"train": ("ours", "tokenizers"), "half": (), "encode 1": ("ours", "tiktoken", "tokenizers"),
               "encode 2": ("ours", "tiktoken")}
     print(f"{'text':<24} {'what':<22} {'seconds':>15} {'MB/s':>7} {'memory':>9}   ratio to ours")
     for text in args.texts:
         for table, names in tables.items():
             if args.table not in ("all", table.split()[0]):
                 continue
+            if table == "half":
+                with tempfile.TemporaryDirectory() as folder:
+                    size, half = args.vocab_size[0], first_half(text, folder)
+                    cases = {"half": ("train ours", half, size), "all": ("train ours", text, size)}
+                    found = compare(cases, args.repeats)
+                ratios = [whole["seconds"] / part["seconds"] for part, whole in zip(found["half"], found["all"])]
+                print(f"{Path(text).name:<24} all of it takes {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                      f"{max(ratios):.2f}) times as long as half of it, {size:,} tokens", flush=True)
+                rows += [{"text": Path(text).name, "what": f"train {name}", "results": found[name]} for name in found]
+                continue
             for number in args.vocab_size if table == "train" else [args.megabytes * 1_000_000]:
-                found = compare([f"{table} {name}" for name in names], text, number, args.repeats)
+                cases = {f"{table} {name}": (f"{table} {name}", text, number) for name in names}
+                found = compare(cases, args.repeats)
                 hashes = {result.get("hash") for results in found.values() for result in results}
                 assert len(hashes) == 1, f"different ids: {hashes}"
                 ours = [result["seconds"] for result in next(iter(found.values()))]
@@ -205,11 +246,8 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{Path(text).name:<24} {what:<22} {spread:>15} {rate:7.1f} {memory:>9}   "
                           f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
                     rows.append({"text": Path(text).name, "what": what, "results": results})
-    for words in args.words if args.table in ("all", "model") else ():
-        result = measure("model", args.merges, words)
-        print(f"{words:>11,} distinct words, {result['merges']:,} merges: {result['seconds']:6.1f} s, "
-              f"{result['memory'] / 1e6:,.0f} MB", flush=True)
-        rows.append({"what": "model", "words": words, "results": [result]})
+    if args.table in ("all", "model"):
+        rows += [{"what": "model", "results": [row]} for row in model_table(args.words, args.merges)]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
