@@ -750,12 +750,11 @@ def fail(how: str) -> tuple[bool, str, float]:
 @pytest.fixture(scope="module", autouse=True)
 def waiting(request, tmp_path_factory):
     """Jobs that mostly wait for a timeout begin with the first test, beside the others."""
-    names = {item.originalname for item in request.session.items}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = {}
-        if "test_failing_rank" in names:
-            jobs["barrier"] = pool.submit(fail, "barrier")
-        if "test_rank_0_may_take_longer_than_the_timeout" in names:
+    items = request.session.items
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = {item.callspec.params["how"]: pool.submit(fail, item.callspec.params["how"])
+                for item in items if item.originalname == "test_failing_rank"}
+        if any(item.originalname == "test_rank_0_may_take_longer_than_the_timeout" for item in items):
             arguments = rank_prepares, 3, str(tmp_path_factory.mktemp("prepares")), 3.0
             jobs["rank 0 prepares"] = pool.submit(ddp.run_ranks, *arguments, timeout_s=2.5)
         yield jobs
@@ -774,7 +773,7 @@ def waiting(request, tmp_path_factory):
 )
 def test_failing_rank(how, words, waiting):
     """A rank that raises, is killed, leaves, hangs or runs out of data ends the others in time, and they name it."""
-    failed, said, seconds = waiting[how].result() if how in waiting else fail(how)
+    failed, said, seconds = waiting[how].result()
     assert failed, "the job ended as if nothing had happened"
     assert words in said, said
     assert seconds < TIMEOUT_S + 5, f"{seconds:.1f} s"

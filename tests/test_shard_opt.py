@@ -387,7 +387,7 @@ def rank_train(ranks, cases):
 def rank_train_one(ranks, mode, optimizer, tied=False, micro_batches=1, clip=None):
     warnings.simplefilter("ignore")
     model, stepper = make_pair(mode, optimizer, tied)
-    losses = take_training_steps(ranks, mode, model, stepper, 0, 3, micro_batches, clip)
+    losses = take_training_steps(ranks, mode, model, stepper, 0, 2, micro_batches, clip)
     held = shard_opt.bytes_held(model, stepper)
     return {"losses": losses, "states": full_state_dicts(model, stepper), "held": held}
 
@@ -398,7 +398,7 @@ def alone(world_size: int, optimizer: str, tied: bool, micro_batches: int) -> tu
     optimizer_cls, kwargs = OPTIMIZERS[optimizer]
     stepper = optimizer_cls(train.parameter_groups(model, 0.1, muon=optimizer == "ours Muon"), **kwargs)
     parameters = list(model.parameters())
-    for step in range(3):
+    for step in range(2):
         sums = None
         for micro in range(micro_batches):
             total = None
@@ -421,7 +421,7 @@ TRAINING_CASES = tuple((mode, optimizer, tied, micro_batches)
 
 @pytest.mark.parametrize(("case", "world_size"), list(itertools.product(TRAINING_CASES, (2, 4))))
 def test_fsdp_and_zero2_equal_an_average(case, world_size):
-    """Parameters and optimizer state after three steps: bit for bit those of one process that averages the ranks'."""
+    """Parameters and optimizer state after two steps: bit for bit those of one process that averages the ranks'."""
     mode, optimizer, tied, micro_batches = case
     result = results(rank_train, world_size, TRAINING_CASES)[0][TRAINING_CASES.index(case)]
     assert_equal(result["states"], alone(world_size, optimizer, tied, micro_batches), f"{case}")
@@ -533,7 +533,7 @@ def test_shards_are_shards(tmp_path):
 
 
 def rank_train_and_save(ranks, folder, dies=False):
-    """Five steps, a checkpoint in shards after each. At the third, rank 1 is killed when its file is on the disk."""
+    """Four steps, a checkpoint in shards after each. At the third, rank 1 is killed when its file is on the disk."""
     from torch.distributed.checkpoint import FileSystemWriter
 
     model, stepper = make_pair("fsdp", "ours AdamW", tied=True)
@@ -547,7 +547,7 @@ def rank_train_and_save(ranks, folder, dies=False):
         saved = train.read_checkpoint(path)
         first = saved["iteration"]
         load_shards(model, stepper, path.with_suffix(".shards"), saved["optimizer"])
-    for step in range(first, 5):
+    for step in range(first, 4):
         stepper.zero_grad()
         loss = loss_of(model, step)
         loss.backward()
