@@ -63,7 +63,7 @@ EXPERIMENTS: dict[str, tuple[str, str, dict[str, str], int]] = {
         "3, top 2": "--num_experts 3 --experts_per_token 2 --d_ff 172"}, 3),
     "shakespeare": ("Tiny Shakespeare, byte by byte", CHARACTERS, {"muon": "--lr 1e-2 --max_steps 1000"}, 3),
     "arithmetic": ("problems solved to the letter, of the sizes trained on and beyond", SUMS, {
-        "muon": "--max_steps 4000"}, 1),
+        "muon": "--max_steps 1500"}, 1),
 }
 
 
@@ -126,15 +126,16 @@ def table_of(experiment: str, seeds: list[int], out_dir: Path) -> str:
     _, common, variants, _ = EXPERIMENTS[experiment]
     found = {v: {s: r for s in seeds if (r := result_of(folder_of((experiment, v, s), out_dir)))} for v in variants}
     first = next(iter(variants))
-    rows = [["variant", "nats/byte by seed", "over the first", "seconds", "flags"], ["---"] * 5]
+    rows = [["variant", "nats/byte, seed by seed", "over the first", "seconds", "flags"], ["---"] * 5]
     for variant, results in found.items():
         scores = {s: r.get("nats/byte", math.inf) for s, r in results.items()}
         ratios = [scores[s] / found[first][s]["nats/byte"] for s in scores if "nats/byte" in found[first].get(s, {})]
-        shown = [f"{r['nats/byte']:.4f}" + f" ({r['exact_match']:.1%} solved)" * ("exact_match" in r)
-                 if "nats/byte" in r else f"broke at {r['diverged']}" for r in results.values()]
+        shown = [f"broke at {r['diverged']}" if "diverged" in r else
+                 f"{r['exact_match']:.1%} solved" if "exact_match" in r else f"{r['nats/byte']:.4f}"
+                 for r in results.values()]
         seconds = [r["seconds"] for r in results.values() if "seconds" in r]
         rows.append([variant, " ".join(shown) or "-", f"{statistics.median(ratios):.3f}" if ratios else "-",
-                     f"{statistics.median(seconds):.0f}" if seconds else "-", f"`{variants[variant]}`"])
+                     f"{statistics.median(seconds):.0f}" if seconds else "-", variants[variant] and f"`{variants[variant]}`"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nall with `{common}`"
 
 
