@@ -166,6 +166,7 @@ def test_pieces_that_want_one_slot(monkeypatch):
     monkeypatch.setattr(bpe, "SLOT_BITS", 2)
     monkeypatch.setattr(bpe, "BLOCK_BYTES", 1000)
     text = nasty_text(random.Random(5), 20_000) + "\x00" * 16 + " \x00" * 20
+    text += "".join(" abcdefgh" + "".join(word) for word in itertools.product("abc", repeat=5))  # the first 8 alike
     assert "".join(pieces(text)) == text, "another text"
 
 
