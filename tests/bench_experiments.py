@@ -134,8 +134,9 @@ def table_of(experiment: str, seeds: list[int], out_dir: Path) -> str:
                  f"{r['exact_match']:.1%} solved" if "exact_match" in r else f"{r['nats/byte']:.4f}"
                  for r in results.values()]
         seconds = [r["seconds"] for r in results.values() if "seconds" in r]
+        median = statistics.median(seconds) if seconds else math.nan
         rows.append([variant, " ".join(shown) or "-", f"{statistics.median(ratios):.3f}" if ratios else "-",
-                     f"{statistics.median(seconds):.0f}" if seconds else "-", variants[variant] and f"`{variants[variant]}`"])
+                     f"{median:.0f}", f"`{variants[variant]}`" if variants[variant] else ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\nall with `{common}`"
 
 
