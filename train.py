@@ -837,7 +837,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         print(f"train.py: {explain_failure(error)}", file=sys.stderr, flush=True)
-        if not isinstance(error, ValueError | OSError | RankFailure | torch.distributed.DistError):  # no sentence for the user: show where it broke
+        if not isinstance(error, ValueError | OSError | RankFailure | torch.distributed.DistError):  # no user's mistake
             raise
         raise SystemExit(2) from None
     finally:
