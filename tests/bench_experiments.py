@@ -33,7 +33,7 @@ from bpe import END_OF_TEXT, Problem, arithmetic_problems, story_nats  # noqa: E
 SHORT = ("--dataset stories --data_bytes 2500000 --max_steps 100 --warmup_steps 10 --eval_interval 100 "
          "--eval_tokens 1000000 --log_interval 5")  # 280,000 tokens, less than a minute
 CHARACTERS = ("--dataset shakespeare --vocab_size 256 --no-tie_embeddings --context_length 128 --batch_size 8 "
-              "--warmup_steps 50 --eval_interval 250 --eval_tokens 1000000 --log_interval 25")
+              "--warmup_steps 50 --eval_interval 500 --eval_tokens 1000000 --log_interval 25")
 SUMS = ("--dataset arithmetic --vocab_size 257 --context_length 320 --batch_size 16 --lr 1.2e-2 "
         "--eval_interval 500 --eval_tokens 150000 --log_interval 25")
 BEST_MUON, BEST_ADAMW = "--lr 4.8e-2", "--optimizer adamw --lr 8e-3"  # as learning-rates finds
