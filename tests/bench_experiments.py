@@ -105,7 +105,7 @@ def run_all(runs: list[Run], out_dir: Path, jobs: int) -> None:
             _, common, variants, _ = EXPERIMENTS[experiment]
             place = ["--out_dir", str(out_dir), "--run_name", folder.name]
             flags = shlex.split(f"{common} {variants[variant]} --seed {seed}")  # of a flag twice the last one counts
-            if any(folder.glob("checkpoint_*.pt")):
+            if (folder / "config.json").exists():  # it was stopped
                 flags = ["--resume"]
             done = subprocess.run([sys.executable, "train.py", *place, *flags], cwd=ROOT, env=environment,
                                   capture_output=True, text=True)
@@ -271,7 +271,8 @@ def texts_by_temperature(folder: Path, num: int = 100) -> str:
                                (1.0, 0.9), (1.0, 0.7), (1.0, 0.5)):
         steps = list(generate(model, [[end]] * num, model.config.context_length - 1, temperature=temperature,
                               top_p=top_p, stop_id=end))
-        texts = [tokenizer.decode([step[row] for step in steps if step[row] is not None]) for row in range(num)]
+        texts = [b"".join(tokenizer.vocab.get(step[row], b"\xff") for step in steps).decode(errors="replace")
+                 for row in range(num)]
         faultless = 0
         for text in texts:
             with contextlib.suppress(ValueError):
