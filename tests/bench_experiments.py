@@ -271,8 +271,8 @@ def texts_by_temperature(folder: Path, num: int = 100) -> str:
                                (1.0, 0.9), (1.0, 0.7), (1.0, 0.5)):
         steps = list(generate(model, [[end]] * num, model.config.context_length - 1, temperature=temperature,
                               top_p=top_p, stop_id=end))
-        texts = [b"".join(tokenizer.vocab.get(step[row], b"\xff") for step in steps).decode(errors="replace")
-                 for row in range(num)]
+        texts = [b"".join(tokenizer.vocab.get(step[row], b"\xff") for step in steps if step[row] is not None)
+                 .decode(errors="replace") for row in range(num)]
         faultless = 0
         for text in texts:
             with contextlib.suppress(ValueError):
