@@ -15,8 +15,6 @@ the bytes and makes a new token of the pair of neighbours that is most frequent,
     python bpe.py --out my_tokenizer --show "How is this cut?"
     python bpe.py --report                       compares the tokenizers and corpora under data/
 
-The first prints merges as they are made, and in the end how a line of Python is cut (Ġ is a space): f|or|Ġline|Ġin|...
-
     1. Pre-tokens: where a text may be cut    5. Long texts: chunks, workers, files    9. A built-in corpus: stories
     2. Training: the definition               6. Training on a file                  10. A built-in corpus: arithmetic
     3. Training: the same, faster             7. The tokenizer                       11. Corpora, to token arrays
@@ -152,9 +150,9 @@ def count_pretokens(text: str, special_tokens: Iterable[str] = ()) -> dict[str, 
     >>> count_pretokens("low lower low<|endoftext|> low", ["<|endoftext|>"])
     {'low': 1, ' lower': 1, ' low': 2}
     """
-    counts, specials = Counter(), [special.encode("utf-8") for special in special_tokens]
+    counts, specials = Counter(), {special.encode("utf-8"): special for special in special_tokens}
     known, pieces, times = Pieces(), [], np.zeros(0, np.int64)
-    for block in blocks_of(text.encode("utf-8"), list(special_tokens)):
+    for block in blocks_of(text.encode("utf-8"), [*specials.values()]):
         new, number = known.numbers(*block)
         pieces += new
         times = np.append(times, np.zeros(len(new), np.int64)) + np.bincount(number, minlength=len(pieces))
@@ -243,7 +241,7 @@ def train_fast(word_counts: Mapping[str, int], num_merges: int) -> list[Pair]:
 # in a heap; when it runs empty, the threshold falls to 3/4 of the maximum.
 # An operation of NumPy on ten places costs as much as one on a thousand. So the next merges are made together, some
 # twenty at a time: pairs that cannot overlap leave each other's counts alone. Only a new pair may come between two of
-# them; whether one is as frequent as the next is seen beforehand, and then the batch ends there.
+# them; whether one is as frequent as a later pair of the batch is seen beforehand, and then the batch ends there.
 BATCH = 128  # merges made together, at most: with 1 the training takes three times as long
 def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
                      on_merge: Callable[[Pair, int], None] = lambda pair, count: None) -> list[Pair]:
@@ -327,10 +325,9 @@ def train_vectorized(word_counts: Mapping[str, int], num_merges: int,
         if len(batch) > 1:  # count new pairs as if each merge came first: at least as many as there will be
             keys = np.concatenate((which << 23 | token[ahead] << 1, which << 23 | token[beyond] << 1 | 1))
             keys, _, _, sums = grouped(keys, np.concatenate((at, at)))
-            following = np.array([-entry[0] for entry in batch[1:]] + [1 << 62])
-            early = (sums >= following[keys >> 23]) & (keys >> 1 & (1 << 22) - 1 != 255)
-            if early.any():
-                done = int((keys >> 23)[early].min()) + 1
+            done = np.maximum((keys >> 23) + 1, np.searchsorted([entry[0] for entry in batch], -sums))  # stands before
+            done = int(done[keys >> 1 & (1 << 22) - 1 != 255].min(initial=len(batch)))
+            if done < len(batch):
                 for entry in batch[done:]:
                     heapq.heappush(heap, entry)
                 pairs, here = pairs[:done], which < done
@@ -653,7 +650,10 @@ class Tokenizer:
         self._sorted_ranks = np.array([self._ranks[pair][0] for pair in sorted(self._ranks)] + [NO_RANK])
         self._special_ids = {special: self.token_ids[special] for special in map(str.encode, self.special_tokens)}
         self._specials = special_pattern(self.special_tokens)
-        # _known, once there is any: pieces that were encoded, where the ids of each number begin, and all these ids
+        self._known = None  # or the pieces that were encoded, where the ids of each number begin, and all these ids
+
+    def __getstate__(self) -> dict[str, Any]:  # for other processes, while this one may be changing what it knows
+        return {**vars(self), "_known": None}
 
     @property
     def vocab_size(self) -> int:
@@ -674,7 +674,7 @@ class Tokenizer:
         try:
             data, result = text.encode("utf-8"), [np.empty(0, np.uint32)]
         except UnicodeEncodeError:  # half of a surrogate pair is no character and has no bytes: U+FFFD, as in tiktoken
-            return self.encode_array(re.sub("[\ud800-\udfff]", "\ufffd", text))
+            return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         for block in blocks_of(data, self.special_tokens):
             # subtle: taken out while it is changed, so that nobody finds it half done after an error or in a thread
             pieces, begin, ids = vars(self).pop("_known", None) or (Pieces(), np.zeros(1, int), np.empty(0, np.uint32))

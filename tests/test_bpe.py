@@ -7,6 +7,7 @@ import http.server
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -200,7 +201,9 @@ def test_fast_training_equals_the_definition():
         naive = bpe.train_naive(counts, 40)
         assert bpe.train_fast(counts, 40) == naive, f"seed {seed}: {counts}"
         assert bpe.train_vectorized(counts, 40) == naive, f"seed {seed}: {counts}"
-    for counts in ({}, {"a": 3}, {"aa": 3}, {"a" * length: 1 for length in range(2, 40)}, {"": 1, "ab": 2}):
+    later_tie = {"xe": 2, "xez": 6, "qq": 7, "mn": 6}  # (xe, z) ties with (m, n), not with (q, q) that comes first
+    for counts in ({}, {"a": 3}, {"aa": 3}, {"a" * length: 1 for length in range(2, 40)}, {"": 1, "ab": 2}, later_tie,
+                   {"  ": 2, "a" * 58: 1, "a" * 59: 1, "a" * 9: 1}):
         naive = bpe.train_naive(counts, 40)
         assert bpe.train_fast(counts, 40) == bpe.train_vectorized(counts, 40) == naive, f"{counts}"
     for text in (some_text(20_000), nasty_text(random.Random(4), 5000)):
@@ -282,6 +285,15 @@ def test_an_error_leaves_nothing_half_known():
                 mine.encode(text)
         else:
             assert mine.encode(text) == learnt.encode(text), text
+
+
+def test_a_tokenizer_is_sent_without_what_it_knows():
+    """A copy for another process has no pieces in it: another thread may be changing them at that moment."""
+    mine = train_on(some_text(5000), 300, ())
+    mine.encode(some_text(3000))
+    assert mine._known is not None, "this tokenizer keeps nothing, so the test says nothing"
+    copy = pickle.loads(pickle.dumps(mine))
+    assert copy._known is None and copy.encode("the cat") == mine.encode("the cat"), "the copy is not a fresh one"
 
 
 # --- 4, 5. long texts ---
@@ -488,6 +500,7 @@ def test_round_trip(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text, f"{text!r}"
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == "", "nothing is nothing"
     assert tokenizer.decode(tokenizer.encode("\ud800x")) == "\ufffdx", "half a surrogate pair is no character"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "\U0001f600", "a whole pair is one"
 
 
 def test_decoding_within_a_character(tokenizer):
