@@ -392,7 +392,7 @@ def plot_runs(folders: list[Path], picture: Path) -> Path:
         for axis, panel in zip(("step", "tokens", "seconds"), panels):
             for key, style in (("train_loss", {"alpha": 0.3}), ("val_loss", {"marker": ".", "label": folder.name})):
                 panel.plot(*zip(*((x[axis], x[key]) for x in lines if key in x)), color=f"C{number}", **style)
-            panel.set(xlabel=axis, ylabel="nats per token: training pale, validation dotted")
+            panel.set(xlabel=axis, ylabel="nats per token: training pale, validation dotted", yscale="log")
     panels[0].legend()
     figure.savefig(picture, dpi=150)
     return picture

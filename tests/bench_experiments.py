@@ -142,7 +142,7 @@ def table_of(experiment: str, seeds: list[int], out_dir: Path) -> str:
 
 
 def plot(experiment: str, seeds: list[int], out_dir: Path, picture: Path) -> None:
-    """Training loss of the first seed by step and by seconds, the mean of the last few lines of the log at each."""
+    """Training loss of the first seed by step and by seconds."""
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
@@ -151,13 +151,11 @@ def plot(experiment: str, seeds: list[int], out_dir: Path, picture: Path) -> Non
         log = folder_of((experiment, variant, seeds[0]), out_dir) / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         lines = [line for line in lines if "train_loss" in line]
-        losses = [statistics.mean(x["train_loss"] for x in lines[max(0, n - 3) : n + 1]) for n in range(len(lines))]
         for panel, axis in zip(panels, ("step", "seconds")):
-            panel.plot([line[axis] for line in lines], losses, color=f"C{number % 10}", label=variant,
-                       linestyle="-" if number < 10 else "--")
-            panel.set(xlabel=axis, title=experiment)
-    lowest = min(line.get_ydata().min() for line in panels[0].lines if len(line.get_ydata()))
-    panels[0].set(ylabel="training loss, nats per token", ylim=(0.95 * lowest, 2.5 * lowest))
+            panel.plot([line[axis] for line in lines], [line["train_loss"] for line in lines], color=f"C{number % 10}",
+                       label=variant, linestyle="-" if number < 10 else "--")
+            panel.set(xlabel=axis, title=experiment, yscale="log")
+    panels[0].set(ylabel="training loss, nats per token")
     panels[0].legend(fontsize=8)
     figure.savefig(picture, dpi=110)
     print(f"picture: {picture}")
