@@ -423,12 +423,14 @@ def test_lines_of_an_evaluation():
 
 def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, capsys):
     """SIGINT in mid-step finishes the step, saves it, prints the command that goes on, and exits with 130."""
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         interrupt_at(3, signal.SIGINT, flags(corpus, tmp_path))
     assert stopped.value.code == 130
     assert final_state(tmp_path)["iteration"] == 3
     assert "--resume --run_name cats-1" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the caller's handler is back"
+    now = signal.getsignal(signal.SIGINT)
+    assert now is before, f"{now} handles SIGINT, where the caller had {before}"
 
 @pytest.mark.parametrize("optimizer", [("--optimizer=muon",), ("--optimizer=adamw", "--grad_accum_steps=2")])
 def test_a_killed_run_goes_on_as_if_undisturbed(corpus, tmp_path, optimizer):
