@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         if experiment == "arithmetic":
             print("\n" + beyond(folder_of(runs[0], args.out_dir)))
         if experiment == "shakespeare":
-            print("\n" + plain_gpt(Path("data") / "shakespeare"))
+            print("\n" + plain_gpt(ROOT / "data" / "shakespeare"))
         if args.plot:
             plot(experiment, seeds, args.out_dir, args.plot)
         folders = [folder_of(run, args.out_dir) for run in runs]
