@@ -559,9 +559,8 @@ def num_merges_for(vocab_size: int, special_tokens: Iterable[str]) -> int:
     return vocab_size - fixed
 
 def train_bpe(input_path: PathLike, vocab_size: int, special_tokens: Sequence[str], *, num_workers: int | None = None,
-              cache_dir: PathLike | None = None, progress: bool = False,
-              on_merge: Callable[[Pair, int], None] = lambda pair, count: None,
-              seconds: dict[str, float] | None = None) -> tuple[dict[int, bytes], list[Pair]]:
+              cache_dir: PathLike | None = None, progress: bool = False, seconds: dict[str, float] | None = None,
+              on_merge: Callable[[Pair, int], None] = lambda *_: None) -> tuple[dict[int, bytes], list[Pair]]:
     """Train on a UTF-8 text; returns (vocab, merges), the merges in the order of their making.
     vocab_size counts all: id b is byte b, then comes an id for each merge, then the special tokens. A text too small
     for so many merges gives fewer, said in one line. cache_dir keeps word counts and merges as they come, for this
@@ -767,9 +766,9 @@ class Tokenizer:
         with write_atomically(directory / "merges.txt") as file:
             check = Tokenizer(self.vocab, self.merges).hash()
             file.writelines([f"{VERSION} sha256:{check}\n", *(f"{left} {right}\n" for left, right in merges)])
-        write_json(directory / "tokenizer.json", {
-            "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splitter, "decoder": splitter,
-            "model": {"type": "BPE", "vocab": named, "merges": merges}})
+        model = {"type": "BPE", "vocab": named, "merges": merges}
+        write_json(directory / "tokenizer.json", {"version": "1.0", "added_tokens": added, "normalizer": None,
+                   "pre_tokenizer": splitter, "decoder": splitter, "model": model})
 
     @classmethod
     def from_files(cls, vocab_path: PathLike, merges_path: PathLike,
@@ -1390,8 +1389,7 @@ def library_sources() -> bytes:
 def summary(tokenizer: Tokenizer, seconds: Mapping[str, float], memory_bytes: int) -> str:
     stages = " + ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "nothing to do"
     longest = max(map(b"".join, tokenizer.merges), key=len, default=b"")
-    return (f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
-            + (f"\n    slowest stage: {max(seconds, key=lambda name: seconds[name])}" if seconds else ""))
+    return f"{tokenizer.vocab_size:,} tokens: {stages}, {memory_bytes / 1e6:,.0f} MB of memory; longest {longest!r}"
 
 def train_and_tell(path: Path, vocab_size: int, special_tokens: Sequence[str], num_workers: int | None) -> Tokenizer:
     """Train, print merges as they come (the first ten, then some thirty in all), and what came of it."""

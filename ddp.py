@@ -11,12 +11,10 @@ bits, those of one process that accumulates the same micro-batches, each loss di
     python ddp.py                                   two processes against one, with the bytes they move
     torchrun --standalone --nproc-per-node 4 train.py --ddp bucketed
 
-    1. Ranks: starting, waiting, stopping                          7. Individual: during the backward pass
-    2. When a rank fails                                           8. Bucketed: few messages, during the backward pass
-    3. The collectives                                             9. One switch for all of them
-    4. The same model on every rank                                10. Context parallelism: splitting the sequence
-    5. Naive: one message per gradient, after the backward pass    11. Running it: two processes against one
-    6. Flat: one message
+    1. Ranks: starting, waiting, stopping   5. Naive: one message per gradient        9. One switch for all of them
+    2. When a rank fails                    6. Flat: one message                     10. Context parallelism
+    3. The collectives                      7. Individual: during the backward pass  11. Two processes against one
+    4. The same model on every rank         8. Bucketed: few messages, during it
 """
 
 import argparse
@@ -37,7 +35,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
 
 # --- 1. Ranks: starting, waiting, stopping ---
 class Ranks(NamedTuple):
@@ -276,7 +273,7 @@ def copy_rank_0(module: nn.Module) -> None:
     for work in [dist.broadcast(t.detach(), 0, async_op=True) for _, t in tensors if len(everyones) > 1]:
         work.wait()
 
-# --- 5. Naive: one message per gradient, after the backward pass ---
+# --- 5. Naive: one message per gradient ---
 class DDPNaive(nn.Module):
     """The definition: after the backward pass, replace the gradients by their averages over the ranks, one by one.
         model = DDPNaive(module)
@@ -406,7 +403,7 @@ class DDPIndividual(DDPNaive):
                 parameter.grad = None
         self._start_step()
 
-# --- 8. Bucketed: few messages, during the backward pass ---
+# --- 8. Bucketed: few messages, during it ---
 def plan_buckets(parameters: list[nn.Parameter], bucket_size_mb: float) -> list[list[nn.Parameter]]:
     """Cut a list of parameters into runs of at most bucket_size_mb (1 MB = 2**20 bytes), one dtype and device each. A
     parameter larger than that is a bucket of its own. The first bucket is small: the network gets work to do early."""
@@ -444,7 +441,7 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
     wrapped.finish_gradient_synchronization = lambda: None  # its C++ Reducer is done when backward() returns
     return wrapped
 
-# --- 10. Context parallelism: splitting the sequence ---
+# --- 10. Context parallelism ---
 # A long sequence is split like a batch: every layer but attention looks at one token at a time. A token attends to all
 # before it, so the second half of a sequence costs three times the first. Therefore N ranks cut it into 2N chunks, and
 # rank r takes chunks r and 2N-1-r, an early, cheap one and a late, dear one. Two ranks, causal:
@@ -526,7 +523,7 @@ class _GatherSequence(torch.autograd.Function):
         start_reduce_scatter(parts, parts[context.index], context.group)()
         return parts[context.index].to(ctx.dtype), None
 
-# --- 11. Running it: two processes against one ---
+# --- 11. Two processes against one ---
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run function(ranks, *args) in world_size new processes; returns the results by rank: tensors, numbers, strings,
     lists and dicts of these. When a rank fails, all end, and torch.multiprocessing's exception says which, and why."""
@@ -593,10 +590,8 @@ def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str) -> dict[str,
     return {"parameters": parameters, "sent": sent, "messages": messages,
             "early": "".join(events).rpartition("ready")[0].count("sent")}
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Data parallelism on this CPU: every rung against one process.")
-    parser.add_argument("--world_size", type=int, default=2, choices=(2, 4), help="number of processes (default 2)")
-    world_size = parser.parse_args(argv).world_size
+def main(argv: list[str] | None = None, world_size: int = 2) -> None:
+    argparse.ArgumentParser(description="Data parallelism: every rung, two processes against one.").parse_args(argv)
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
     by_rank = run_ranks(_demo_collectives, world_size)

@@ -59,14 +59,16 @@ def bytes_held(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
             "state": count(tree_leaves([*optimizer.state.values()]))}
 
 # --- 2. Who owns what ---
-Owners = list[tuple[int, int]]  # of a parameter: for each rank its rows [first, end)
+Owners = list[tuple[int, int]] | None  # of a parameter: for each rank its rows [first, end); None: all, on every rank
 def rows_of(whole: Tensor, owners: Owners, rank: int | None = None) -> Tensor:
     """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
+    if owners is None:
+        return whole
     first, end = owners[get_rank() if rank is None else rank]
     return whole[first:end] if whole.ndim else whole if first < end else whole.reshape(1)[:0]
 
 def first_owner(owners: Owners) -> int:
-    return next((rank for rank, (first, end) in enumerate(owners) if first < end), 0)
+    return next((rank for rank, (first, end) in enumerate(owners or []) if first < end), 0)
 
 def cut_rows(shapes: list[torch.Size], load: list[int]) -> list[Owners]:
     """Lay the tensors end to end and cut between rows, so that all ranks own equally many numbers.
@@ -123,11 +125,12 @@ def owned_whole(make: Callable[[list[dict]], Optimizer], groups: list[dict[str, 
 class Unit:
     """Parameters p whose rows are exchanged together; p.shard, a parameter too, is the rows that this rank owns.
     They lie end to end in a buffer, in the order of their owners, so that each rank's rows are one segment of it: W
-    messages for all of them, and no copies, as the whole parameters are views into the buffer. (There is one for each
-    kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed."""
+    messages for all of them, and no copying, as the whole parameters are views into the buffer. (There is one for each
+    kind: by rows or whole, dtype, device.) keep: the shards are views as well, and the buffer is never freed.
+    copies: parameters of which every rank has all, and gets the whole mean gradient; they lie behind the segments."""
     @torch.no_grad()
     def __init__(self, parameters: list[nn.Parameter], load: list[int], whole: set[nn.Parameter],
-                 dtype: torch.dtype | None = None, keep: bool = True) -> None:
+                 dtype: torch.dtype | None = None, keep: bool = True, copies: Iterable[nn.Parameter] = ()) -> None:
         if len(load) == 1:
             warnings.warn("there is one process, so nothing is sharded: start several with torchrun", stacklevel=3)
         self.parameters, self.keep, self.in_backward = parameters, keep, False
@@ -137,8 +140,10 @@ class Unit:
         for p in parameters:
             kinds.setdefault((p not in whole, dtype or p.dtype, p.device), []).append(p)
         for kind in sorted(kinds, key=lambda kind: kind[0]):  # whole ones first: rows then fill up what is uneven
-            owners = (cut_rows if kind[0] else own_whole)([p.shape for p in kinds[kind]], load)
-            pairs = sorted(zip(kinds[kind], owners), key=lambda pair: first_owner(pair[1]))
+            shapes = [torch.Size([0]) if p in copies else p.shape for p in kinds[kind]]
+            pairs = zip(kinds[kind], (cut_rows if kind[0] else own_whole)(shapes, load))
+            pairs = [(p, None if p in copies else owners) for p, owners in pairs]
+            pairs.sort(key=lambda pair: (pair[1] is None, first_owner(pair[1])))
             buffer = torch.empty(sum(p.numel() for p, _ in pairs), dtype=kind[1], device=kind[2])
             for (p, owners), view in zip(pairs, buffer.split([p.numel() for p, _ in pairs])):
                 view = view.view(p.shape).copy_(p)
@@ -148,8 +153,8 @@ class Unit:
                 # subtle: set as .data, the view takes on p's version counter and leaves the buffer's, so that autograd
                 # does not see a change when the buffer is filled again between forward and backward
                 p.data = view
-            sizes = [sum(rows_of(p, owners, rank).numel() for p, owners in pairs) for rank in range(len(load))]
-            self.buffers.append((buffer, list(buffer.split(sizes)), [p for p, _ in pairs]))
+            sizes = [sum(rows_of(p, cuts, rank).numel() for p, cuts in pairs if cuts) for rank in range(len(load))]
+            self.buffers.append((buffer, list(buffer[: sum(sizes)].split(sizes)), [p for p, _ in pairs]))
 
     @torch.no_grad()
     def start_gather(self) -> None:
@@ -202,7 +207,7 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 def whole_of(rows: Tensor, p: Tensor) -> Tensor:
     """On every rank the whole tensor of which each holds its rows: of parameter p, or of something of its shape."""
-    if not hasattr(p, "owners"):
+    if getattr(p, "owners", None) is None:
         return rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # fully_shard's
     whole = rows.new_empty(p.whole_shape)
     parts = [rows_of(whole, p.owners, rank) for rank in range(get_world_size())]
@@ -215,7 +220,7 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements)
-    return (rows_of(whole, p.owners) if hasattr(p, "owners") else whole).clone()
+    return rows_of(whole, getattr(p, "owners", None)).clone()
 
 def whole_optimizer_state(optimizer: Optimizer, *, tensors: bool = True) -> dict[int, dict[str, Any]]:
     """The "state" of a plain torch.optim state dict, from an optimizer over shards: on rank 0, in CPU memory; else {}.
@@ -227,7 +232,7 @@ def whole_optimizer_state(optimizer: Optimizer, *, tensors: bool = True) -> dict
                                  for name, v in state.items()} for p, state in held])
     result: dict[int, dict[str, Any]] = {}
     for index, (p, state) in enumerate(held):
-        for name, value in everyones[first_owner(getattr(p, "owners", []))][index].items():
+        for name, value in everyones[first_owner(getattr(p, "owners", None))][index].items():
             if isinstance(value, torch.dtype) and tensors:
                 value = whole_of(state[name] if name in state else torch.empty_like(p, dtype=value), p).cpu()
             if get_rank() == 0:
@@ -302,8 +307,9 @@ class FSDP(DDPNaive):
     """Fully sharded data parallelism: of parameters, gradients and optimizer state each rank holds 1/W. The optimizer
     is an ordinary one over parameters(), which are the shards; finish_gradient_synchronization() precedes its step.
     A block's weights are gathered while the block before it computes, and freed after it; backward likewise, where the
-    gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Parameters
-    that blocks share, or none holds, stay gathered for the whole step. Between steps the module holds the shards.
+    gradients leave for their owners block by block. So all ranks must run the same blocks, equally often. Vectors are
+    small (norms, biases): every rank holds and steps all of them. Parameters that blocks share, or none holds, stay
+    gathered for the whole step. Between steps the module holds the shards.
     compute_dtype: weights and gradients travel and compute in it; gradients add up in the shards' dtype. keep: ZeRO-2,
     whole parameters stay in memory and are refreshed in forward. whole: parameters to be owned undivided. no_sync()
     says that more micro-batches follow; as there is no room for whole gradients, they are reduced all the same."""
@@ -317,9 +323,9 @@ class FSDP(DDPNaive):
         for block in dict.fromkeys(blocks_of(module)):
             home.update((p, None if p in home else block) for p in block.parameters())
         home.update((p, None) for p in module.parameters(recurse=False))
-        load = [0] * self.world_size
+        load, small = [0] * self.world_size, {p for p in home if p.ndim < 2}  # norms and biases
         for block in dict.fromkeys([None, *home.values()]):
-            unit = Unit([p for p in home if home[p] is block], load, set(whole), compute_dtype, keep)
+            unit = Unit([p for p in home if home[p] is block], load, set(whole), compute_dtype, keep, small)
             unit.places = [place for place in places if home[place[2]] is block]
             unit.for_backward = type(block).__name__ != "Embedding"  # the gradient of a lookup needs no weights
             unit.free()
@@ -397,7 +403,7 @@ class FSDP(DDPNaive):
 
     def gather_full_params(self) -> dict[str, Tensor]:
         """The module's state dict with whole parameters, on every rank. All ranks must call it."""
-        return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
+        return {name: whole_of(p.detach(), p).clone() for name, p in self.module.state_dict(keep_vars=True).items()}
 
 # --- 6. One switch for all of them ---
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
@@ -489,7 +495,7 @@ def exchange_shards(action: str, module: nn.Module, optimizer: Optimizer | None,
     for index, p in enumerate(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
         held.update({f"optimizer.{index}.{name}": (value, p) for name, value in optimizer.state.get(p, {}).items()
                      if isinstance(value, Tensor) and value.shape == p.shape})
-    pieces = {key: as_piece(part, p) if hasattr(p, "owners") else part for key, (part, p) in held.items() if p.numel()}
+    pieces = {key: as_piece(x, p) if getattr(p, "owners", None) else x for key, (x, p) in held.items() if p.numel()}
     options, reader = {"checkpoint_id": folder, "no_dist": get_world_size() == 1}, dcp.FileSystemReader(folder)
     reader.read_metadata = lambda **_: IndexReader(io.BytesIO((folder / ".metadata").read_bytes())).load()
     try:
@@ -540,10 +546,8 @@ def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     model, optimizer, sent = train_toy(ranks, num_slices, build, lambda *pair: held.update(bytes_held(*pair)))
     return {**held, "sent": sent, "model": full_state_dicts(model, optimizer)[0]}
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Sharded training on this CPU: every stage against one process.")
-    parser.add_argument("--world_size", type=int, default=2, choices=(2, 3, 4), help="number of processes (default 2)")
-    world_size = parser.parse_args(argv).world_size
+def main(argv: list[str] | None = None, world_size: int = 2) -> None:
+    argparse.ArgumentParser(description="Sharded training: every stage, two processes against one.").parse_args(argv)
     alone = run_ranks(_demo, 1, "none", world_size)[0]["model"]
     num_parameters = sum(tensor.numel() for tensor in alone.values())
     print(f"{num_parameters:,} parameters, {world_size} processes: MB held by the one that holds most (and by formula)")

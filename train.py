@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from bpe import END_OF_TEXT, GENERATED_BYTES, Tokenizer, UserError, alone_in, load_tokens, prepare, room_for
 from bpe import story_nats, write_atomically, write_json
 from ddp import MODES as DDP_MODES, ContextParallel, RankFailure, Ranks, all_reduce_sum, end_distributed
-from ddp import explain_failure, init_distributed, on_rank_0, wrap
+from ddp import explain_failure, get_world_size, init_distributed, on_rank_0, wrap
 from model import PRESETS, ModelConfig, TransformerLM, count_parameters
 from model import document_places, flops_per_token, make_attention, option, training_memory
 from shard_opt import MODES as SHARD_MODES, full_state_dicts, load_full_state_dicts, load_shards, memory_table
@@ -217,8 +217,11 @@ def clip_gradients(parameters: Iterable[Tensor], max_l2_norm: float, *, sharded:
     they had, a scalar tensor. Below the limit nothing changes, not even a rounding. (Pascanu et al. 2013, section 3.2)
     torch.where makes the choice: on a GPU, Python's `if norm > limit` would wait for every kernel in flight.
     sharded: the gradients are this rank's part, by whose norm alone each rank would scale differently."""
-    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters if p.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm() if gradients else torch.zeros(())
+    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters]
+    copies = [get_world_size() if sharded and getattr(p, "owners", 0) is None else 1 for p in parameters]
+    norms = [gradient.norm() / count**0.5 for gradient, count in zip(gradients, copies)]  # copies count as one
+    norm = torch.stack(norms).norm() if norms else torch.zeros(())
     if sharded:
         norm = all_reduce_sum(norm.float().square()).sqrt()
     scale = torch.where(norm >= max_l2_norm, max_l2_norm / (norm + 1e-6), torch.ones_like(norm))

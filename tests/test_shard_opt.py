@@ -389,7 +389,8 @@ def rank_train_one(ranks, mode, optimizer, tied=False, micro_batches=1, clip=Non
     model, stepper = make_pair(mode, optimizer, tied)
     losses = take_training_steps(ranks, mode, model, stepper, 0, 2, micro_batches, clip)
     held = shard_opt.bytes_held(model, stepper)
-    return {"losses": losses, "states": full_state_dicts(model, stepper), "held": held}
+    vectors = {n: p.detach() for n, p in model.module.named_parameters() if getattr(p, "owners", p) is None}
+    return {"losses": losses, "states": full_state_dicts(model, stepper), "held": held, "vectors": vectors}
 
 
 def alone(world_size: int, optimizer: str, tied: bool, micro_batches: int) -> tuple[dict, dict]:
@@ -421,10 +422,16 @@ TRAINING_CASES = tuple((mode, optimizer, tied, micro_batches)
 
 @pytest.mark.parametrize(("case", "world_size"), list(itertools.product(TRAINING_CASES, (2, 4))))
 def test_fsdp_and_zero2_equal_an_average(case, world_size):
-    """Parameters and optimizer state after two steps: bit for bit those of one process that averages the ranks'."""
+    """Parameters and optimizer state after two steps: bit for bit those of one process that averages the ranks'. Norms
+    are whole on every rank, and equal."""
     mode, optimizer, tied, micro_batches = case
-    result = results(rank_train, world_size, TRAINING_CASES)[0][TRAINING_CASES.index(case)]
-    assert_equal(result["states"], alone(world_size, optimizer, tied, micro_batches), f"{case}")
+    by_rank = [cases[TRAINING_CASES.index(case)] for cases in results(rank_train, world_size, TRAINING_CASES)]
+    expected = alone(world_size, optimizer, tied, micro_batches)
+    assert_equal(by_rank[0]["states"], expected, f"{case}")
+    norms = {name: value for name, value in expected[0].items() if value.ndim < 2}
+    assert len(norms) == 5, f"{norms.keys()}"
+    for rank, result in enumerate(by_rank):
+        assert_equal(result["vectors"], norms, f"{case}, rank {rank}")
 
 
 def test_all_modes_agree_and_clip_alike():
@@ -726,7 +733,7 @@ def test_another_models_state_is_refused():
 class Watched(nn.Module):
     """Blocks that note, when one has computed forward or begins backward, how many bytes of weights are gathered."""
 
-    def __init__(self, num_blocks: int = 8, width: int = 64):
+    def __init__(self, num_blocks: int = 8, width: int = 128):
         super().__init__()
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0) for _ in range(num_blocks))
         self.seen: list[int] = []
@@ -750,11 +757,11 @@ def rank_memory(ranks):
         model, optimizer = shard(module, mode, lambda m: [{"params": list(m.parameters())}], torch.optim.AdamW)
         module.count = lambda model=model: sum(
             buffer.untyped_storage().nbytes() for unit in model.units for buffer, _, _ in unit.buffers)  # fmt: skip
-        model(torch.randn(3, 5, 64)).square().sum().backward()
+        model(torch.randn(3, 5, 128)).square().sum().backward()
         model.finish_gradient_synchronization()
         optimizer.step()
         with torch.no_grad():
-            model(torch.randn(3, 5, 64))
+            model(torch.randn(3, 5, 128))
         results.append({"total": total, "seen": module.seen, "held": shard_opt.bytes_held(model, optimizer)})
     return results
 
@@ -798,11 +805,14 @@ def rank_bytes_of(ranks, mode):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_bytes_on_the_wire(world_size):
     """By the kernel's own count ZeRO-1 sends 2 + 1 passes of (W-1)/W of the parameters, ZeRO-2 1 + 1, FSDP 2 + 1 but
-    for the last block, which is not gathered a second time; each within 1 %."""
+    for the last block, which is not gathered a second time; each within 1 %. In the last two every rank has the biases:
+    they are not gathered, and their gradients go to every other rank."""
     if not Path("/proc/net/dev").exists():
         pytest.skip("no /proc/net/dev here")
     one_pass = ddp.bytes_sent_per_rank("all_gather", 4 * 8 * 200 * 201, world_size)
-    expected = {"zero1": (0, 2, 1), "zero2": (1, 1, 0), "fsdp": (1, 1 + 7 / 8, 0)}
+    matrices = ddp.bytes_sent_per_rank("all_gather", 4 * 8 * 200 * 200, world_size) / one_pass
+    mean = matrices + (world_size - 1) * 4 * 8 * 200 / one_pass
+    expected = {"zero1": (0, 2, 1), "zero2": (matrices, mean, 0), "fsdp": (matrices, mean + 7 / 8 * matrices, 0)}
     for _ in range(3):  # other programs use the loopback too
         measured = zip(expected.items(), team(world_size).run(rank_bytes)[0])
         surplus = {mode: [sent / one_pass - passes for passes, sent in zip(wanted, by_part.values())]
