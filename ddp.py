@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+
 # --- 1. Ranks: starting, waiting, stopping ---
 class Ranks(NamedTuple):
     """This process's number among all, its number on this machine (which is its GPU's), and how many there are."""

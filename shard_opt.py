@@ -62,9 +62,7 @@ def bytes_held(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 Owners = list[tuple[int, int]] | None  # of a parameter: for each rank its rows [first, end); None: all, on every rank
 def rows_of(whole: Tensor, owners: Owners, rank: int | None = None) -> Tensor:
     """The rows of a whole tensor that `rank` (by default this one) owns: a view."""
-    if owners is None:
-        return whole
-    first, end = owners[get_rank() if rank is None else rank]
+    first, end = owners[get_rank() if rank is None else rank] if owners else (0, len(whole) if whole.ndim else 1)
     return whole[first:end] if whole.ndim else whole if first < end else whole.reshape(1)[:0]
 
 def first_owner(owners: Owners) -> int:

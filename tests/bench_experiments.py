@@ -50,7 +50,7 @@ EXPERIMENTS: dict[str, tuple[str, str, dict[str, str], int]] = {
     "batch-sizes": ("the same tokens in fewer, larger steps; the rate by the square root of the batch", SHORT, {
         "16": BEST_MUON, **{
             f"{size}": f"--batch_size {size} --max_steps {1600 // size} --warmup_steps {160 // size} --lr {lr:.2g}"
-            for size in (4, 8, 32, 64) for lr in [4.8e-2 * math.sqrt(size / 16)]}}, 1),
+            for size in (4, 8, 32, 64) for lr in [4.8e-2 * math.sqrt(size / 16)]}}, 3),
     "norms": ("RMSNorm before each branch, after each sum, or none", SHORT, {
         "pre": "", "post": "--norm post", "none": "--norm none", "none, lower rate": "--norm none --lr 6e-3",
         "pre, 2.4e-2": "--lr 2.4e-2", "post, 2.4e-2": "--lr 2.4e-2 --norm post"}, 3),
@@ -197,16 +197,28 @@ def solved(folder: Path, problems: list[Problem]) -> float:
     return right / len(problems)
 
 
-def beyond(folder: Path) -> str:
-    """Held-out problems of the sizes trained on, by form, and of other sizes, written out by the model."""
+def beyond(folder: Path, picture: Path | None) -> str:
+    """Held-out problems of the sizes trained on, and of other sizes, written out by the model: a table, a picture."""
     held_out = list(itertools.islice(arithmetic_problems(1), 400))  # the validation text's own seed
     rows = [["problems", "solved"], ["---"] * 2, ["400 as trained on", f"{solved(folder, held_out):.1%}"]]
-    for form, title, sizes in (("sum", "digits of the summand (trained on: 3)", range(1, 7)),
-                               ("product", "digits of the factor (2)", range(1, 5)),
-                               ("chain", "length of the chain (3 to 6)", range(2, 11))):
-        for size in sizes:
-            share = solved(folder, [of_size(form, size, seed) for seed in range(100)])
-            rows.append([f"{title}: {size}", f"{share:.0%}"])
+    curves = {}
+    for form, title, trained, sizes in (("sum", "digits of the first summand", "3", range(1, 7)),
+                                        ("product", "digits of the factor", "2", range(1, 5)),
+                                        ("chain", "length of the chain of rules", "3 to 6", range(2, 11))):
+        shares = [solved(folder, [of_size(form, size, seed) for seed in range(100)]) for size in sizes]
+        rows.append([f"{title}, {sizes[0]} to {sizes[-1]} (trained on: {trained})",
+                     " ".join(f"{share:.0%}" for share in shares)])
+        curves[f"{title} (trained on: {trained})"] = sizes, shares
+    if picture:
+        from matplotlib import pyplot
+
+        pyplot.switch_backend("Agg")
+        figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for title, (sizes, shares) in curves.items():
+            panel.plot(sizes, [100 * share for share in shares], marker="o", label=title)
+        panel.set(xlabel="size", ylabel="problems solved, %", title="arithmetic, of the sizes trained on and beyond")
+        panel.legend(fontsize=8)
+        figure.savefig(picture, dpi=110)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -304,10 +316,10 @@ def main(argv: list[str] | None = None) -> None:
         run_all(runs, args.out_dir, args.jobs)
         print(f"\n{experiment}: {EXPERIMENTS[experiment][0]}\n\n{table_of(experiment, seeds, args.out_dir)}")
         if experiment == "arithmetic":
-            print("\n" + beyond(folder_of(runs[0], args.out_dir)))
+            print("\n" + beyond(folder_of(runs[0], args.out_dir), args.plot))
         if experiment == "shakespeare":
             print("\n" + plain_gpt(ROOT / "data" / "shakespeare"))
-        if args.plot:
+        if args.plot and experiment != "arithmetic":
             plot(experiment, seeds, args.out_dir, args.plot)
         folders = [folder_of(run, args.out_dir) for run in runs]
         results[experiment] = {folder.name: result_of(folder) for folder in folders}
