@@ -206,7 +206,7 @@ def start_mean(parameters: list[nn.Parameter]) -> Callable[[], None]:
 def whole_of(rows: Tensor, p: Tensor) -> Tensor:
     """On every rank the whole tensor of which each holds its rows: of parameter p, or of something of its shape."""
     if getattr(p, "owners", None) is None:
-        return rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # fully_shard's
+        return rows.full_tensor() if hasattr(rows, "full_tensor") else rows.clone() if hasattr(p, "owners") else rows
     whole = rows.new_empty(p.whole_shape)
     parts = [rows_of(whole, p.owners, rank) for rank in range(get_world_size())]
     parts[get_rank()].copy_(rows)
@@ -401,7 +401,7 @@ class FSDP(DDPNaive):
 
     def gather_full_params(self) -> dict[str, Tensor]:
         """The module's state dict with whole parameters, on every rank. All ranks must call it."""
-        return {name: whole_of(p.detach(), p).clone() for name, p in self.module.state_dict(keep_vars=True).items()}
+        return {name: whole_of(p.detach(), p) for name, p in self.module.state_dict(keep_vars=True).items()}
 
 # --- 6. One switch for all of them ---
 MODES = ("zero1", "zero2", "fsdp", "torch_zero1", "torch_fsdp")
