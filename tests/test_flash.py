@@ -554,9 +554,12 @@ def test_backend_is_said() -> None:
     assert flash.choose_backend("cuda", torch.float64, 128)[0] == "sdpa"
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+@functools.cache
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    """A program beside the tests; whoever asks for the same one again gets it, perhaps at its end."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_demonstration(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -578,9 +581,7 @@ def test_demonstration(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
         assert (tmp_path / "mask.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_without_triton() -> None:
-    """Without Triton installed everything but the kernels works, and asking for them is one sentence."""
-    result = python("""
+WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch, flash
@@ -592,8 +593,14 @@ try:
     flash.flash_attention(q, q, q, backend="triton")
 except ValueError as error:
     print(error)
-""")
-    assert result.returncode == 0 and "needs the package triton" in result.stdout, result.stderr
+"""
+
+
+def test_without_triton() -> None:
+    """Without Triton installed everything but the kernels works, and asking for them is one sentence."""
+    process = start(WITHOUT_TRITON)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0 and "needs the package triton" in out, error
 
 
 # --- 5. Without a GPU: what the compiler makes of the kernels for one ---
@@ -658,18 +665,11 @@ def has_assembler() -> bool:
     return bool(flash.triton) and (Path(flash.triton.__file__).parent / "backends/nvidia/bin/nvdisasm").exists()
 
 
-@functools.cache
-def start_gate(cases: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen([sys.executable, "-c", GATE, cases], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def gate(cases: list[tuple]) -> list[dict]:
     """What ptxas makes of (kernel, head_dim, launch, dtype, ids, positions, window, group) for sm_90."""
     if not has_assembler():
         pytest.skip("this build of Triton has no assembler for NVIDIA GPUs")
-    process = start_gate(json.dumps(cases))
+    process = start(GATE, json.dumps(cases))
     out, error = process.communicate(timeout=900)
     assert process.returncode == 0, error[-2000:]
     return [json.loads(line) for line in out.splitlines()]
@@ -681,10 +681,13 @@ def cases_of_table(head_dims: tuple[int, ...]) -> list[tuple]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_meanwhile(request):
-    """The compiler works on another core while the tests before it run."""
-    if has_assembler() and any("table_compiles_for_hopper[head_dims0]" in i.nodeid for i in request.session.items):
-        start_gate(json.dumps(cases_of_table((64, 128))))
+def work_meanwhile(request):
+    """Two long ones work on another core while the tests before them run."""
+    names = {item.name for item in request.session.items}
+    if has_assembler() and "test_table_compiles_for_hopper[head_dims0]" in names:
+        start(GATE, json.dumps(cases_of_table((64, 128))))
+    if "test_without_triton" in names:
+        start(WITHOUT_TRITON)
 
 
 def assert_fits_hopper(case: tuple, found: dict) -> None:
