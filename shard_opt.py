@@ -138,7 +138,7 @@ class Unit:
         for p in parameters:
             kinds.setdefault((p not in whole, dtype or p.dtype, p.device), []).append(p)
         for kind in sorted(kinds, key=lambda kind: kind[0]):  # whole ones first: rows then fill up what is uneven
-            shapes = [torch.Size([0]) if p in copies else p.shape for p in kinds[kind]]
+            shapes = [torch.Size([0]) if p in copies else p.shape for p in kinds[kind]]  # copies are not dealt out
             pairs = zip(kinds[kind], (cut_rows if kind[0] else own_whole)(shapes, load))
             pairs = [(p, None if p in copies else owners) for p, owners in pairs]
             pairs.sort(key=lambda pair: (pair[1] is None, first_owner(pair[1])))

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bpe import END_OF_TEXT, Problem, arithmetic_problems, story_nats  # noqa: E402
+from bpe import END_OF_TEXT, KINDS, Problem, arithmetic_problems, story_nats  # noqa: E402
 
 SHORT = ("--dataset stories --data_bytes 2500000 --max_steps 100 --warmup_steps 10 --eval_interval 100 "
          "--eval_tokens 1000000 --log_interval 5")  # 280,000 tokens, less than a minute
@@ -175,8 +175,7 @@ def of_size(form: str, size: int, seed: int = 7) -> Problem:
     the left factor (2), length of the chain of rules (3 to 6)."""
     rng = random.Random(f"{form} {size} {seed}")
     if form == "chain":
-        kinds = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
-        chain, start, asked = rng.sample(kinds, size), *rng.sample(range(size), 2)
+        chain, start, asked = rng.sample(KINDS, size), *rng.sample(range(size), 2)
         rules = rng.sample([f"Every {a} is a {b}." for a, b in itertools.pairwise(chain)], size - 1)
         return Problem(f"{' '.join(rules)} Ada is a {chain[start]}. Must Ada be a {chain[asked]}?", "",
                        "yes" if asked > start else "no")
@@ -316,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as the experiment asks for")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "runs" / "experiments")
-    parser.add_argument("--plot", type=Path, help="draw training losses of the first seed (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw training losses of the first seed (arithmetic: solved by size)")
     parser.add_argument("--json", type=Path, help="write all results")
     parser.add_argument("--texts", type=Path, metavar="RUN", help="temperature and top-p, on texts of a stories run")
     args = parser.parse_args(argv)
@@ -332,7 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         run_all(runs, args.out_dir, args.jobs)
         print(f"\n{experiment}: {EXPERIMENTS[experiment][0]}\n\n{table_of(experiment, seeds, args.out_dir)}")
         if experiment == "arithmetic":
-            print("\n" + beyond(folder_of(runs[0], args.out_dir), args.plot))
+            picture = args.plot if args.experiment == ["arithmetic"] else None
+            print("\n" + beyond(folder_of(runs[0], args.out_dir), picture))
         if experiment == "shakespeare":
             print("\n" + plain_gpt(ROOT / "data" / "shakespeare"))
         folders = [folder_of(run, args.out_dir) for run in runs]
