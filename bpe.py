@@ -1169,7 +1169,8 @@ def arithmetic_problems(seed: int, first: int = 0) -> Iterator[Problem]:
             start, asked = rng.sample(range(len(chain)), 2)  # the rules lead only forwards
             known = " ".join(rng.sample(rules, len(rules)))
             question = f"{known} {who} is a {chain[start]}. Must {who} be a {chain[asked]}?"
-            work, answer = f"{who} is a {', so a '.join(chain[start:])}.", "yes" if asked > start else "no"
+            end = asked + 1 if asked > start else None  # no further than what is asked; if that is not met, to the last
+            work, answer = f"{who} is a {', so a '.join(chain[start:end])}.", "yes" if asked > start else "no"
         yield Problem(question, work, answer)
 
 def arithmetic(seed: int, first: int = 0) -> Iterator[str]:

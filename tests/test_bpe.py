@@ -811,10 +811,13 @@ def test_arithmetic_answers():
             for _ in rules:
                 reached |= {then for kind, then in rules if kind in reached}
             expected = "yes" if match[3] in reached else "no"
+            written = re.findall(r"\ba (\w+)", problem.work)  # each by a rule, until what is asked or nothing follows
+            assert written[0] == match[2] and set(zip(written, written[1:])) <= set(rules), f"{problem}"
+            assert match[3] not in written[:-1] and (written[-1] == match[3]) == (expected == "yes"), f"{problem}"
+            assert expected == "yes" or written[-1] not in dict(rules), f"{problem} stops too soon"
         kinds.add(
             expected if expected in ("yes", "no") else match.re.pattern[:12] + str(" plus " in q or " minus " in q)
         )
-        assert problem.answer == expected and int(expected) >= 0 if expected.isdigit() else True, f"{problem}"
         assert problem.answer == expected, f"{problem} but {expected}"
     assert len(kinds) >= 5, f"{kinds}"
 
