@@ -468,7 +468,7 @@ def room_for(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def write_atomically(path: PathLike, mode: str = "w") -> Iterator[Any]:
     """Open a file that gets its name when it is complete; after an error nothing is left of it."""
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.unfinished.tmp")
     try:
         with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -496,7 +496,7 @@ def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             except BlockingIOError:
                 say(f"data: waiting for the process that prepares {folder}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in folder.rglob("*.[0-9]*.tmp"):
+            for left in folder.rglob("*.[0-9]*.unfinished.tmp"):
                 left.unlink()
         try:
             yield
@@ -1131,14 +1131,13 @@ def story_nats(text: str) -> float:
     return nats
 
 # --- 10. A built-in corpus: arithmetic ---
-# Problems whose answers can be checked to the letter: sums in digits and in words, small stories with numbers, chains
-# of logic. A document is question, worked solution and "Answer: ..."; problem number n is a pure function of (seed, n).
+# Problems whose answers can be checked to the letter: sums in digits and words, stories with numbers, chains of rules.
+# Problem n is a pure function of (seed, n). A prompt is its question and a line end; the text must end with the answer.
 NAMES, THINGS = "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon".split(), "apples books coins shells stamps".split()
 KINDS = "blick dax fep gazzer kiki lorp mib toma wug zav".split()
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-# a prompt is the question and a line end; what is generated must end with "Answer: <answer>"
 Problem = namedtuple("Problem", "question work answer")
 def in_words(number: int) -> str:
     if number >= 100:
@@ -1336,7 +1335,7 @@ def prepare(dataset: str, *, vocab_size: int, special_tokens: Sequence[str] = (E
     num_merges_for(vocab_size, special_tokens)
     name = dataset
     if dataset not in DATASETS:
-        if not Path(dataset).suffix and not Path(dataset).exists():
+        if not Path(dataset).suffix and not Path(dataset).is_file():
             raise UserError(f"unknown dataset {dataset!r}: use {', '.join(DATASETS)} or the path of a text file")
         name = Path(dataset).stem + ("-file" if Path(dataset).stem in DATASETS else "")
     folder = Path(data_dir) / name
@@ -1458,9 +1457,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ids = tokenizer.encode("for line in sys.stdin: print(line)" if args.show is None else args.show)
             pieces = ["".join(map(printable_bytes().get, tokenizer.vocab[token_id])) for token_id in ids]
             print(f"{len(ids)} tokens: {'|'.join(pieces)}\n{' '.join(map(str, ids))}")
-    except (ValueError, OSError) as error:
-        print(f"bpe.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"bpe.py: {str(error) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
     main()

@@ -437,8 +437,8 @@ def wrap(module: nn.Module, mode: str, *, bucket_size_mb: float = 25.0, ordered:
     if mode in ours or get_world_size() == 1:  # alone the naive one does nothing; torch's refuses
         return ours[mode if get_world_size() > 1 else "naive"](module, ordered=ordered)
     copy_rank_0(module)
-    wrapped = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True,
-                                                  broadcast_buffers=False)  # or every forward sends RoPE's tables
+    wrapped = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=bucket_size_mb, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # or every forward sends RoPE's tables
     wrapped.finish_gradient_synchronization = lambda: None  # its C++ Reducer is done when backward() returns
     return wrapped
 
@@ -592,7 +592,7 @@ def _demo_training(ranks: Ranks, num_micro_batches: int, mode: str) -> dict[str,
             "early": "".join(events).rpartition("ready")[0].count("sent")}
 
 def main(argv: list[str] | None = None, world_size: int = 2) -> None:
-    argparse.ArgumentParser(description="Data parallelism: every rung, two processes against one.").parse_args(argv)
+    argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Every rung, two ranks against one.").parse_args(argv)
     print(f"The collectives: {world_size} processes, rank r holds 1 2 3 4 times 10^r; MB sent per rank for 4.19 MB")
     print(f"{'':16}{'formula':>8}{'measured':>10}   afterwards, rank by rank")
     by_rank = run_ranks(_demo_collectives, world_size)

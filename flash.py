@@ -636,7 +636,7 @@ def demonstrate(args: argparse.Namespace) -> None:
         print(f"  {what:<36}{amount:>16,}")
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="flash.py", description="Attention by tiles on a batch of packed documents.")
+    parser = argparse.ArgumentParser("flash.py", usage=argparse.SUPPRESS, description="Attention on packed documents.")
     for name, default, text in (("batch_size", 2, "rows of the batch"), ("context_length", 1000, "tokens in a row"),
                                 ("num_documents", 6, "documents in a row, on average"), ("num_heads", 4, "query heads"),
                                 ("num_kv_heads", 2, "key heads"), ("head_dim", 64, "numbers in a query")):
@@ -649,9 +649,9 @@ def main(argv: list[str] | None = None) -> None:
         if small := [f"--{name} is {n}" for name, n in vars(args).items() if type(n) is int and n < 1]:
             raise ValueError(f"{small[0]}, but must be at least 1.")
         demonstrate(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"flash.py: {error}{': pip install it' * isinstance(error, ImportError)}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
+        print(f"flash.py: {error or 'stopped'}{': pip install it' * isinstance(error, ImportError)}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
     main()

@@ -171,7 +171,7 @@ def load_run(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Tr
             from shard_opt import load_shards
             load_shards(model, None, path.with_suffix(".shards"), payload["optimizer"])
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({error!r:.160}): remove it to read an older one") from None
+        raise UserError(f"{path}: unreadable checkpoint ({error!r:.160}); without it an older one is read") from None
     tokenizer = Tokenizer.load(folder)
     if tokenizer.hash() != payload.get("tokenizer_hash"):
         raise UserError(f"{folder}: tokenizer.json is not what this run was trained with; put the run's own back")
@@ -231,12 +231,9 @@ def sample(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         sample(parse_options(argv))
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print()
-        raise SystemExit(130) from None
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"sample.py: {error}" if str(error) else "", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
     main()

@@ -545,7 +545,7 @@ def _demo(ranks: Ranks, mode: str, num_slices: int) -> dict[str, Any]:
     return {**held, "sent": sent, "model": full_state_dicts(model, optimizer)[0]}
 
 def main(argv: list[str] | None = None, world_size: int = 2) -> None:
-    argparse.ArgumentParser(description="Sharded training: every stage, two processes against one.").parse_args(argv)
+    argparse.ArgumentParser(usage=argparse.SUPPRESS, description="All stages, two ranks against one.").parse_args(argv)
     alone = run_ranks(_demo, 1, "none", world_size)[0]["model"]
     num_parameters = sum(tensor.numel() for tensor in alone.values())
     print(f"{num_parameters:,} parameters, {world_size} processes: MB held by the one that holds most (and by formula)")

@@ -115,7 +115,7 @@ def in_cache(*tensors: Tensor, numbers: int = 2**18) -> Iterable[tuple[Tensor, .
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2). For a parameter p with gradient g:
-        p <- p - lr * weight_decay * p          shrink first, by the base rate, whatever the gradient is
+        p <- p - lr * weight_decay * p          shrink first, by the rate of the step, whatever the gradient
         m <- beta1 * m + (1 - beta1) * g        running mean of the gradient
         v <- beta2 * v + (1 - beta2) * g^2      running mean of its square
         p <- p - lr * m_hat / (sqrt(v_hat) + eps)
@@ -274,7 +274,7 @@ def read_checkpoint(src) -> dict:
         payload["model"], payload["optimizer"], payload["iteration"]  # raises where one is missing
         return payload
     except Exception as error:  # a foreign or damaged file can fail in zipfile, pickle and torch in many ways
-        raise UserError(f"{src}: not a readable checkpoint ({error!r:.90}): remove it to use the one before") from error
+        raise UserError(f"{src}: unreadable checkpoint ({error!r:.90}); without it an older one is used") from error
 
 def load_checkpoint(src, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """Load what save_checkpoint wrote into model and optimizer (None: the model alone); returns the iteration."""
@@ -364,8 +364,8 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; one that is not whole, such as a last one that a kill has cut off, is left out."""
     lines = []
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            lines += [values] if "step" in (values := json.loads(line)) else []
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            lines += [values] if (values := json.loads(line))["step"] >= 0 else []
     return lines
 
 def progress_line(line: dict, max_steps: int, floor: float | None = None) -> str:
@@ -430,7 +430,7 @@ class TrainConfig:
     optimizer: str = option("adamw", "who turns gradients into updates", choices=("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate")
     min_lr: float | None = option(None, "learning rate at the last step (none: a tenth of lr)")
-    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a twentieth of max_steps)")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a twentieth of max_steps, at most 500)")
     beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients")
     weight_decay: float = option(0.1, "decoupled decay of matrices")
     grad_clip: float = option(1.0, "limit of the gradient's global l2 norm")
@@ -448,8 +448,8 @@ class TrainConfig:
         self.warmup_steps = min(500, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps
         for name, value in vars(self).items():
             least = int(name.endswith(("size", "steps", "tokens", "interval", "bytes")) and name != "warmup_steps")
-            if isinstance(value, (int, float)) and not value >= least:
-                raise UserError(f"--{name} must be at least {least}, it is {value}")
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise UserError(f"--{name} must be at least {least} and finite, it is {value}")
         if self.grad_clip == 0 or self.beta2 >= 1 or self.seed >= 2**63:
             raise UserError("--grad_clip must be above 0, --beta2 below 1, --seed below 2**63")
 
@@ -494,8 +494,8 @@ def build_parser() -> argparse.ArgumentParser:
     can be told from what was not; --help shows the dataclass's. Without a usage line a mistake is one sentence."""
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, config in (("what is trained", ModelConfig), ("how; kept by a resumed run", TrainConfig),
-                          ("where, and instead of training", Place)):
+    for title, config in (("what is trained (defaults: of --preset baseline)", ModelConfig),
+                          ("how; kept by a resumed run", TrainConfig), ("where, and instead of training", Place)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
             help = f.metadata["help"] + ("" if f.default is None else f" (default: {str(f.default).lower()})")
@@ -513,7 +513,7 @@ def pick_device(name: str, dtype: str, local_rank: int, d_model: int) -> tuple[t
     matrices are big enough (two AMX cores, baseline: 1,120 -> 4,243 tokens/s; at 0.8 M parameters casts cost more)."""
     try:
         name = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}" if name == "cuda" else name
-        device = torch.zeros(1, device=name).device
+        device = torch.ones(1, device=name).nonzero().device  # "meta" has no values to look for
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}): try cpu") from None
     probes = [getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
@@ -535,9 +535,10 @@ def dry_run(model_config: ModelConfig, config: TrainConfig, device: torch.device
     for part, size in memory.items():
         say(f"memory            {size / 1e9:>15.3f} GB  {part}")
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80 * 2**30
-    rest = memory["activations"] + memory["loss"]  # each device has its own sequences
+    rest = memory["activations"] + memory["loss"]  # each device has its share of the sequences, one at least
     for mode in memory_table(parameters, 1):
-        fits = (f"{2**n:,}" for n in range(13) if rest + sum(memory_table(parameters, 2**n)[mode].values()) <= room)
+        fits = (f"{2**n:,}" for n in range(13) if rest / min(2**n, micro_batch)
+                + sum(memory_table(parameters, 2**n)[mode].values()) <= room)
         say(f"devices           {next(fits, 'no number'):>18}  of {room / 2**30:.0f} GiB with --shard_opt {mode}")
     num_tokens = config.max_steps * (tokens_per_step := config.batch_size * model_config.context_length)
     say(f"tokens            {num_tokens:>18,}  {config.max_steps:,} steps x {tokens_per_step:,}")
@@ -610,7 +611,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int | None:
         raise UserError("--shard_opt torch_zero1 saves no shards: take zero1, or --checkpoint full")
     if ranks.world_size > 1 and place.ddp == "none" and not sharded:
         raise UserError(f"{ranks.world_size} processes need a way to share gradients: add --ddp bucketed")
-    if ranks.world_size % place.context_parallel or length % (2 * place.context_parallel):
+    if ranks.world_size % place.context_parallel or (
+            place.context_parallel > 1 and length % (2 * place.context_parallel)):
         raise UserError("--context_parallel must divide the number of processes, and twice of it --context_length")
     num_slices = ranks.world_size // place.context_parallel * config.grad_accum_steps
     if config.batch_size % num_slices:
@@ -650,6 +652,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int | None:
         raise UserError(f"{path}: not of the configuration in {folder / 'config.json'} and the tokenizer in "
                         f"{data.tokenizer_dir}: restore what was changed")
     step, resumed_at, seconds_before = payload.get("iteration", 0), payload.get("iteration"), payload.get("seconds", 0)
+    if step > config.max_steps:
+        raise UserError(f"{path} is past --max_steps {config.max_steps:,}: take more")
     torch.manual_seed(config.seed)  # the same parameters on every rank
     context, spread = ContextParallel(place.context_parallel), None
     if context.size > 1:
@@ -690,8 +694,8 @@ def train(typed: dict, place: Place, ranks: Ranks, say: Callable) -> int | None:
     say(f"model: {sum(count_parameters(model_config).values()):,} parameters in {str(dtype).removeprefix('torch.')} on "
         f"{device.type}, {ranks.world_size} process{'es' * (ranks.world_size > 1)}, {torch.get_num_threads()} threads"
         + f"; {by_muon:,} of them by Muon" * (by_muon > 0))
-    say(f"{'run: ' + str(folder) if recording else 'one batch'}: {config.max_steps:,} steps of {config.batch_size} x "
-        f"{length} tokens out of {len(train_tokens):,}"
+    say(f"{'run: ' + str(folder) if recording else 'one batch'}: {8 if place.profile else config.max_steps:,} steps of "
+        f"{config.batch_size} x {length} tokens out of {len(train_tokens):,}"
         + (f", from step {step:,}" if path else ", no checkpoint yet, so from the beginning" * place.resume))
 
     # A signal only sets a flag: the step is finished, the checkpoint written, and the exit code tells which one it was.

@@ -823,7 +823,7 @@ def test_arithmetic_answers():
 
 
 def test_arithmetic_documents():
-    """Documents are a function of seed and number, and validation shares next to no question with training."""
+    """Documents are a function of seed and number; few questions of one seed are among as many of another."""
     documents = list(itertools.islice(bpe.arithmetic(1), 300))
     assert list(itertools.islice(bpe.arithmetic(1, 120), 180)) == documents[120:], "not a function of the number"
     problem = next(bpe.arithmetic_problems(1))

@@ -659,7 +659,7 @@ def test_every_attribute_of_a_checkpoint(value, tmp_path):
     for place in places:
         damaged = bytearray(data)
         damaged[place + 38] = value
-        with pytest.raises(UserError, match="not a readable checkpoint"):
+        with pytest.raises(UserError, match="unreadable checkpoint"):
             read_checkpoint(io.BytesIO(damaged))
 
 
@@ -678,9 +678,9 @@ def test_no_file_runs_code(small, tmp_path):
     harmful, folder = Harmful(tmp_path / "harm"), tmp_path / "it"
     shutil.copytree(small / "runs" / "it", folder)
     torch.save({"model": harmful, "optimizer": {}, "iteration": 1}, path := latest_checkpoint(folder))
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="unreadable checkpoint"):
         read_checkpoint(path)
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="unreadable checkpoint"):
         sample.load_run(folder, torch.device("cpu"), torch.float32)
     shutil.copy(small / "text.json", tmp_path)
     np.save(tmp_path / "text.npy", np.array([harmful], dtype=object), allow_pickle=True)

@@ -225,7 +225,7 @@ def test_damaged_runs_are_refused(run, tmp_path, capsys):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(SystemExit):
         sample.main([f"--run={copy}", "--device=cpu"])
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert "unreadable checkpoint" in capsys.readouterr().err
     shutil.copyfile(max(run.glob("checkpoint_*.pt")), checkpoint)
     theirs = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
     theirs["model"]["merges"].pop()
@@ -244,7 +244,7 @@ def test_damaged_runs_are_refused(run, tmp_path, capsys):
     checkpoint.write_bytes(damaged)
     with pytest.raises(SystemExit) as stopped:
         sample.main([f"--run={copy}", "--device=cpu"])
-    assert stopped.value.code == 2 and "not a readable checkpoint" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "unreadable checkpoint" in capsys.readouterr().err
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(run, capsys, dtype):

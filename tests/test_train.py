@@ -491,14 +491,21 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("parameters", "FLOPs", "memory", "tokens", "time"))
     assert not list(tmp_path.iterdir())
-    # 16 bytes a parameter, of which zero1 divides 8 by the number of devices, zero2 12, fsdp all; and the activations
-    memory = training_memory(ModelConfig(**PRESETS["7b"]), 1)
-    whole, rest = 16 * 6_738_415_616, memory["activations"] + memory["loss"]
-    for mode, share in (("none", 0), ("zero1", 1 / 2), ("zero2", 3 / 4), ("fsdp", 1)):
-        fits = [2**n for n in range(13) if whole * (1 - share + share / 2**n) + rest <= 80 * 2**30]
-        told = re.search(rf"^devices +(\S+|no number)  of 80 GiB with --shard_opt {mode}$", printed, re.M)
-        assert told and told[1] == (f"{fits[0]:,}" if fits else "no number"), f"{mode}: {told} instead of {fits}"
     assert "devices                            4  of 80 GiB with --shard_opt fsdp" in printed
+    # 16 bytes a parameter, of which zero1 divides 8 by the number of devices, zero2 12, fsdp all; and the activations,
+    # which the devices divide up to one sequence each
+    for preset, parameters, batch_size in (("7b", 6_738_415_616, 1), ("gpt2-small", 162_148_608, 128)):
+        train.main(["--dry_run", f"--preset={preset}", "--device=cpu", *folders])
+        printed = capsys.readouterr().out
+        memory = training_memory(ModelConfig(**PRESETS[preset]), batch_size)
+        whole, rest = 16 * parameters, memory["activations"] + memory["loss"]
+        assert whole == sum(memory.values()) - rest
+        for mode, share in (("none", 0), ("zero1", 1 / 2), ("zero2", 3 / 4), ("fsdp", 1)):
+            fits = [2**n for n in range(13)
+                    if whole * (1 - share + share / 2**n) + rest / min(2**n, batch_size) <= 80 * 2**30]
+            told = re.search(rf"^devices +(\S+|no number)  of 80 GiB with --shard_opt {mode}$", printed, re.M)
+            assert told and told[1] == (f"{fits[0]:,}" if fits else "no number"), f"{mode}: {told} instead of {fits}"
+    assert re.search(r"^devices +2  of 80 GiB with --shard_opt none$", printed, re.M)
     train.main(["--dry_run", "--device=cpu", "--num_experts=8", *folders])
     config = ModelConfig(**PRESETS["laptop"], num_experts=8)
     ffn = 4 * 3 * 128 * 320  # of one expert, in 4 layers
@@ -554,6 +561,8 @@ def test_stories_are_scored_one_by_one(tmp_path):
     (("--batch_size=9", "--grad_accum_steps=2"), "multiple of 2"),
     (("--max_steps=0",), "max_steps"),
     (("--lr=-1",), "lr"),
+    (("--lr=inf",), "finite"),
+    (("--device=meta",), "--device meta"),
     (("--device=cuda:7",), "--device"),
     (("--context_length=6000",), "fewer than one window"),
     (("--dataset=no/such/file.txt",), "no/such/file.txt"),
@@ -575,6 +584,29 @@ def test_mistakes_are_one_sentence(corpus, tmp_path, capsys, more, said):
     assert error.startswith("train.py: ") and error.count("\n") == 1 and said in error, error
     assert not list((tmp_path / "out").glob("*"))
 
+def test_an_odd_context_is_one_process_affair(corpus, tmp_path, capsys):
+    """Only --context_parallel asks for an even context length."""
+    train.main(flags(corpus, tmp_path, "--max_steps=1", "--context_length=13"))
+    with pytest.raises(SystemExit):
+        train.main(flags(corpus, tmp_path, "--max_steps=1", "--context_parallel=2"))
+    assert "--context_parallel must divide" in capsys.readouterr().err
+
+def test_a_folder_is_no_dataset(corpus, tmp_path, capsys, monkeypatch):
+    """--dataset .. is refused before anything is touched, and nobody's own .tmp files are ever removed."""
+    (tmp_path / "data").mkdir()
+    files = [tmp_path / "fig.1.tmp", tmp_path / "data" / "cats" / "results.2024.tmp"]
+    files[1].parent.mkdir()
+    for file in files:
+        file.write_text("mine")
+    monkeypatch.chdir(tmp_path / "data")
+    for dataset, code in (("..", 2), (str(corpus / "cats.txt"), 0)):
+        with contextlib.ExitStack() as stack:
+            stopped = stack.enter_context(pytest.raises(SystemExit)) if code else None
+            train.main(flags(corpus, tmp_path / "out", f"--dataset={dataset}", "--data_dir=.", "--max_steps=1"))
+        assert (stopped.value.code if stopped else 0) == code
+        assert all(file.exists() for file in files), f"--dataset {dataset} removed a file that is not ours"
+    assert "unknown dataset '..'" in capsys.readouterr().err
+
 def test_a_run_is_never_overwritten(corpus, tmp_path, capsys):
     """A taken --run_name is refused; without a name the next free number is taken."""
     train.main(flags(corpus, tmp_path, "--max_steps=1"))
@@ -592,8 +624,13 @@ def test_resuming_keeps_the_settings(corpus, tmp_path, capsys):
         train.main([*place, "--lr=0.5"])
     assert "--lr 0.5 differs" in capsys.readouterr().err
     log = tmp_path / "cats-1" / "log.jsonl"
+    config = (tmp_path / "cats-1" / "config.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*place, "--max_steps=5"])
+    assert stopped.value.code == 2 and "is past --max_steps 5" in capsys.readouterr().err
+    assert (tmp_path / "cats-1" / "config.json").read_bytes() == config, "refused, and yet changed"
     with open(log, "a") as file:
-        file.write('{"step": 99, "tok')  # torn by a kill
+        file.write('5\n"step"\n{"step": "x"}\n{"step": 99, "tok')  # no lines of ours, and one torn by a kill
     train.main([*place, "--max_steps=12", "--lr=0.01"])
     steps = [line["step"] for line in read_log(log) if "train_loss" in line]
     assert steps == list(range(1, 13))
@@ -632,7 +669,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(corpus, tmp_path, caps
     checkpoint.write_bytes(checkpoint.read_bytes()[:900])
     with pytest.raises(SystemExit):
         train.main([*place, "--device=cpu"])
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert "unreadable checkpoint" in capsys.readouterr().err
 
 def test_a_diverged_run_stops_and_says_so(corpus, tmp_path, capsys):
     """A loss that is not a number ends the run with the step, and no checkpoint holds it."""
