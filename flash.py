@@ -650,7 +650,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{small[0]}, but must be at least 1.")
         demonstrate(args)
     except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
-        print(f"flash.py: {error or 'stopped'}{': pip install it' * isinstance(error, ImportError)}", file=sys.stderr)
+        print(f"flash.py: {str(error) or 'stopped'}{'; install it' * isinstance(error, ImportError)}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 if __name__ == "__main__":
