@@ -166,8 +166,10 @@ def plot(experiments: list[str], seed: int, out_dir: Path, picture: Path) -> Non
                        color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
         panel.set(xlabel="step", ylabel="training loss, nats per token", title=experiment, yscale="log")
         panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        low, high = panel.get_ylim()
+        panel.yaxis.set_minor_locator(ticker.LogLocator(subs=range(2, 10) if high < 10 * low else (2, 5)))
         panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7 if number < 9 else 5.5, ncols=1 + number // 9)
     figure.savefig(picture, dpi=110)
     print(f"picture: {picture}")
 
