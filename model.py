@@ -169,8 +169,8 @@ class Embedding(nn.Module):
         self.weight = trunc_normal(num_embeddings, embedding_dim, std=1.0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # subtle: index_select would do the same, but on CUDA its backward adds up repeated ids in no fixed order.
-        return self.weight[ids]  # (..., embedding_dim)
+        # subtle: weight[ids] is the same, but on a CPU its backward adds up repeated ids in no fixed order, slowly.
+        return F.embedding(ids, self.weight)  # (..., embedding_dim)
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019): LayerNorm, no centring."""
